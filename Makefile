@@ -1,0 +1,42 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`. Both create .venv once and reuse it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: help demo test test-long test-faults lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml
+	@echo "longspan: creating $(VENV) and installing the dependencies (about two minutes, 3.3 GB; once)"
+	@command -v $(PYTHON) >/dev/null || { echo "longspan: $(PYTHON) not found; pass PYTHON=/path/to/python3.11 (or 3.12)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
+	@# torch first and by itself: a range that another package widens could take a CUDA build of several GB
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed  ## corpus -> training -> perplexity-versus-length curve -> Hugging Face model, then where it all is
+	@$(BIN)/python -m longspan.trainer.demo --runs $(RUNS)
+
+test: $(VENV)/installed  ## the test suite (at most 15 minutes on two cores, installation included)
+	@echo "longspan: lint, types, then tests"
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-long: $(VENV)/installed  ## the suites that take longer (drift over 1e5 steps, ...)
+	$(BIN)/python -m pytest -m "long" --ignore tests/faults --timeout 3600
+
+test-faults: $(VENV)/installed  ## 200 random kills of the trainer and the rest of the fault suite
+	$(BIN)/python -m pytest -m "long or not long" tests/faults tests/checkpoint --timeout 3600
+
+lint: $(VENV)/installed  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy -p longspan
+
+clean:  ## remove the environment; runs and corpora stay
+	rm -rf $(VENV) *.egg-info build dist

@@ -1,0 +1,1 @@
+"""Process mesh and Ray evaluation jobs."""

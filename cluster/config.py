@@ -1,0 +1,18 @@
+"""Configuration of the process layout. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ParallelConfig(BaseModel):
+    """world = dp x cp x tp; dp follows from the number of processes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    cp: int = Field(1, ge=1, description="context-parallel ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards over dp x cp")
+    timeout_seconds: float = Field(600.0, gt=0, description="longest wait for a collective")

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, shards, lane schedule and readers."""

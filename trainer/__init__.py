@@ -1,0 +1,1 @@
+"""Command line, run loop, engine, checkpoints, tracking, evaluation and reports."""

@@ -1,0 +1,147 @@
+"""The `longspan` command: arguments, dispatch, exit codes. Imports no torch, so that `--help` answers at once.
+
+Each command lives in `trainer/commands/<module>.py` as `run(args) -> dict`; the dictionary is what `--json` prints
+on the last line of standard output. A command prints its human summary to standard output itself unless `args.json`;
+progress and logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from longspan import __version__
+from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (design section 8)."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = importlib.import_module(f"longspan.trainer.commands.{args.module}").run(args)
+    except LongspanError as error:
+        return _fail(args, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted", 130)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(args, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
+    if args.json:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    return EXIT_OK
+
+
+def _fail(args: argparse.Namespace, message: str, exit_code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # one message, not one a rank
+        print(f"longspan: {message}", file=sys.stderr, flush=True)
+        if args.json:
+            print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
+    return exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="longspan", description="Long-context pretraining with recurrent memory.")
+    parser.add_argument("--version", action="version", version=f"longspan {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_data, _train, _evaluate, _evals, _export, _generate, _report, _checkpoint, _doctor):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Subparsers, name: str, module: str, help_text: str, sets: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
+    parser.set_defaults(module=module)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of standard output")
+    if sets:
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.FIELD=VALUE",
+            dest="overrides",
+            help="override a field",
+        )
+    return parser
+
+
+def _data(commands: Subparsers) -> None:
+    group = commands.add_parser("data", help="build, verify and describe shards")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    build = _command(actions, "build", "data_build", "corpora -> shards + manifest", sets=True)
+    build.add_argument("config", help="corpus recipe (YAML)")
+    build.add_argument("--out", help="folder to write instead of the recipe's")
+    verify = _command(actions, "verify", "data_verify", "check every shard and document against the manifest")
+    verify.add_argument("folder", help="folder that `data build` wrote")
+
+
+def _train(commands: Subparsers) -> None:
+    train = _command(commands, "train", "train", "train a model in this process group", sets=True)
+    train.add_argument("config", help="training recipe (YAML)")
+    train.add_argument("--run-dir", help="run directory; runs/NAME if not given")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
+    train.add_argument("--init-from", metavar="CHECKPOINT", help="start from another run's weights")
+
+
+def _evaluate(commands: Subparsers) -> None:
+    evaluate = _command(
+        commands, "evaluate", "evaluate", "perplexity versus context length of one checkpoint", sets=True
+    )
+    evaluate.add_argument("checkpoint", help="checkpoint folder, or run directory for its newest checkpoint")
+    evaluate.add_argument("--spec", required=True, help="evaluation spec (YAML)")
+    evaluate.add_argument("--out", help="folder for results; RUN/evals if not given")
+
+
+def _evals(commands: Subparsers) -> None:
+    group = commands.add_parser("evals", help="evaluate every committed checkpoint once, as Ray jobs")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    reconcile = _command(actions, "reconcile", "evals_reconcile", "evaluate what has no result yet", sets=True)
+    reconcile.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    reconcile.add_argument("--spec", required=True, help="evaluation spec (YAML)")
+    reconcile.add_argument("--once", action="store_true", required=True, help="one pass, then exit")
+
+
+def _export(commands: Subparsers) -> None:
+    export = _command(commands, "export", "export", "write a Hugging Face folder with a model card")
+    export.add_argument("checkpoint", help="checkpoint folder, or run directory for its newest checkpoint")
+    export.add_argument("out", help="folder to write")
+    export.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _generate(commands: Subparsers) -> None:
+    generate = _command(commands, "generate", "generate", "continue a text")
+    generate.add_argument("model", help="exported folder, checkpoint or run directory")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--seed", type=int, default=0)
+
+
+def _report(commands: Subparsers) -> None:
+    report = _command(commands, "report", "report", "one self-contained HTML page about a run")
+    report.add_argument("run", help="run directory")
+
+
+def _checkpoint(commands: Subparsers) -> None:
+    group = commands.add_parser("checkpoint", help="verify checkpoints")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    verify = _command(actions, "verify", "checkpoint_verify", "check every file of a checkpoint against its manifest")
+    verify.add_argument("checkpoint", help="checkpoint folder, or run directory for all of its checkpoints")
+
+
+def _doctor(commands: Subparsers) -> None:
+    _command(commands, "doctor", "doctor", "what works on this machine, and the fix for what does not")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
