@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -137,9 +137,13 @@ def dump(config: BaseModel) -> str:
 def _problem(schema: type[BaseModel], details: Any) -> Problem:
     where = _dotted(details["loc"])
     if details["type"] == "extra_forbidden":
-        return Problem(where, f"unknown key.{_suggestion(schema, where)}")
+        return Problem(where, f"unknown key.{_suggestion(schema, details['loc'])}")
     if details["type"] == "missing":
         return Problem(where, "required, but not given.")
+    if details["type"] == "union_tag_invalid":
+        kind, tag = details["ctx"]["discriminator"].strip("'"), details["ctx"]["tag"]
+        allowed = details["ctx"]["expected_tags"].replace("'", "")
+        return Problem(f"{where}.{kind} = {tag!r}", f"unknown {kind}. Allowed: {allowed}.")
     value = details.get("input")
     shown = "" if isinstance(value, (dict, list)) else f" = {value!r}"
     return Problem(f"{where}{shown}", f"{details['msg'][0].lower()}{details['msg'][1:]}.")
@@ -151,17 +155,48 @@ def _is_union_tag(part: Any, location: tuple[Any, ...]) -> bool:
     return isinstance(part, str) and place > 0 and isinstance(location[place - 1], int)
 
 
-def _suggestion(schema: type[BaseModel], where: str) -> str:
-    names = _field_paths(schema)
-    prefix, _, last = where.rpartition(".")
-    siblings = [name for name in names if name.rpartition(".")[0] == prefix]
-    near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.6)
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in location if not _is_union_tag(part, location))
+
+
+def _suggestion(schema: type[BaseModel], location: tuple[Any, ...]) -> str:
+    prefix, _, last = _dotted(location).rpartition(".")
+    siblings = list(_schema_at(schema, location[:-1]).model_fields)
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    elsewhere = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in names], n=1, cutoff=0.75)
+    by_field = {path.rpartition(".")[2]: path for path in _field_paths(schema)}
+    elsewhere = difflib.get_close_matches(last, list(by_field), n=1, cutoff=0.75)
     if elsewhere:
-        return f" Did you mean {next(name for name in names if name.rpartition('.')[2] == elsewhere[0])}?"
-    return f" Allowed here: {', '.join(sorted(name.rpartition('.')[2] for name in siblings))}." if siblings else ""
+        return f" Did you mean {by_field[elsewhere[0]]}?"
+    return f" Allowed here: {', '.join(sorted(siblings))}."
+
+
+def _schema_at(schema: Any, location: tuple[Any, ...]) -> type[BaseModel]:
+    """The schema that an error's location points into: through fields, list items and tags of unions."""
+    for part in location:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            schema = schema.model_fields[part].annotation
+        elif isinstance(part, int):
+            schema = get_args(schema)[0]
+        else:
+            schema = next(option for option in _options(schema) if part in _tags(option))
+        if not isinstance(schema, type):
+            models = [
+                option for option in _options(schema) if isinstance(option, type) and issubclass(option, BaseModel)
+            ]
+            schema = models[0] if len(models) == 1 else schema
+    return cast("type[BaseModel]", schema)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, seen through `Annotated`."""
+    inner = get_args(annotation)
+    return get_args(inner[0]) if inner and len(get_args(inner[0])) > 1 else inner
+
+
+def _tags(option: Any) -> set[Any]:
+    return {tag for field in option.model_fields.values() for tag in get_args(field.annotation)}
 
 
 def _field_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
@@ -202,10 +237,6 @@ def _cross_problems_of_rest(
                     doubtful.add(_dotted(details["loc"]))
                     _insert(rest, details["loc"], "stand-in" if _dotted(details["loc"]) in _STRING_FIELDS else 1)
     return []
-
-
-def _dotted(location: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in location if not _is_union_tag(part, location))
 
 
 _STRING_FIELDS = ("name", "data.shards")
