@@ -1,0 +1,1 @@
+"""Sources of documents: readers that turn a package or a folder into whole documents, in a fixed order."""
