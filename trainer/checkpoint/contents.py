@@ -1,0 +1,228 @@
+"""What a checkpoint holds: tensors in safetensors files, everything else in JSON and YAML.
+
+All of it is logical: full parameter names, no sharding, and nothing that runs code when it is loaded.
+
+    config.yaml                          resolved configuration
+    data.json                            position in the data, as the lane reader wrote it
+    rng.json                             {"ranks": [states of the random generators of rank 0, 1, ...]}
+    weights/part-RRRRR-PPPPP.safetensors     parameter name -> tensor
+    optimizer/part-RRRRR-PPPPP.safetensors   parameter name/state name -> tensor
+    state/lanes-AAAAA-BBBBB.safetensors      packed state name -> [lanes A..B, ...]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from longspan.errors import CheckpointError, UsageError
+from longspan.trainer.checkpoint.files import read_checked
+from longspan.trainer.checkpoint.manifest import Manifest
+
+CONFIG = "config.yaml"
+DATA = "data.json"
+RNG = "rng.json"
+FOLDERS = ("weights", "optimizer", "state")
+# bounds the memory that a save or load needs besides the tensors themselves
+FILE_BYTES = 256 * 1024 * 1024
+
+_LANES_FILE = re.compile(r"^state/lanes-(\d{5,})-(\d{5,})\.safetensors$")
+
+
+@dataclass
+class RunState:
+    """Everything that a run needs to go on as if it had never stopped, as one rank sees it.
+
+    Attributes:
+        step: optimizer updates done.
+        weights: full tensors by parameter name. Ranks may hold all of them or disjoint parts.
+        optimizer: parameter name -> state name -> full tensor; scalars are 0-d tensors.
+        lanes: packed carried state of this rank's lanes, [lane_stop - lane_start, ...]; None if this rank has none
+            to save (a peer of the same lanes does).
+        lane_start, lane_stop: this rank's lanes [start, stop) of the global batch.
+        data: the lane reader's state; that of rank 0 is saved.
+        rng: `rng.capture()` of this rank. After loading: empty if the checkpoint has none for this rank (it was
+            written by fewer ranks); the caller then seeds anew.
+        counters: tokens, skips, ...; those of rank 0 are saved. JSON-able.
+        config_yaml: the resolved configuration.
+    """
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    lanes: dict[str, torch.Tensor] | None
+    lane_start: int
+    lane_stop: int
+    data: dict[str, Any]
+    rng: dict[str, Any]
+    counters: dict[str, Any] = field(default_factory=dict)
+    config_yaml: str = ""
+
+
+def flat_optimizer(optimizer: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Optimizer state under the names of its file: `<parameter>/<state>`."""
+    return {f"{name}/{key}": tensor for name, states in optimizer.items() for key, tensor in states.items()}
+
+
+def find_tied(weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Names whose tensor is the very memory of an earlier name -> that earlier name."""
+    first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            owner = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
+            if owner != name:
+                tied[name] = owner
+    return tied
+
+
+def divide(holders: list[dict[str, int]]) -> list[list[str]]:
+    """Which rank writes which tensor, the largest first to the rank with the least to write.
+
+    Args:
+        holders: for each rank, bytes of the tensors that it holds, by name.
+
+    Returns:
+        For each rank its names, sorted; every name is written by exactly one rank that holds it. All ranks compute
+        the same answer.
+    """
+    sizes = {name: size for held in holders for name, size in held.items()}
+    load = [0] * len(holders)
+    shares: list[list[str]] = [[] for _ in holders]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        able = [rank for rank, held in enumerate(holders) if name in held]
+        rank = min(able, key=lambda rank: (load[rank], rank))
+        load[rank] += sizes[name]
+        shares[rank].append(name)
+    return [sorted(share) for share in shares]
+
+
+def encode_parts(tensors: dict[str, torch.Tensor], folder: str, rank: int) -> Iterator[tuple[str, bytes]]:
+    """(file name, file contents) of `tensors`, each file about `FILE_BYTES` at most."""
+    part: dict[str, torch.Tensor] = {}
+    size = number = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > FILE_BYTES:
+            yield f"{folder}/part-{rank:05d}-{number:05d}.safetensors", encode(part)
+            part, size, number = {}, 0, number + 1
+        part[name] = tensor
+        size += tensor.nbytes
+    if part:
+        yield f"{folder}/part-{rank:05d}-{number:05d}.safetensors", encode(part)
+
+
+def encode_lanes(state: RunState) -> tuple[str, bytes]:
+    """(file name, file contents) of this rank's carried state.
+
+    Raises:
+        ValueError: a state tensor's first dimension is not the number of lanes.
+    """
+    assert state.lanes is not None
+    count = state.lane_stop - state.lane_start
+    for name, tensor in state.lanes.items():
+        if tensor.ndim == 0 or tensor.shape[0] != count:
+            raise ValueError(f"carried state {name} has shape {list(tensor.shape)}, but the rank has {count} lanes")
+    return f"state/lanes-{state.lane_start:05d}-{state.lane_stop - 1:05d}.safetensors", encode(state.lanes)
+
+
+def encode(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors file; tensors may be on any device, strided, or views of one another."""
+    plain: dict[str, torch.Tensor] = {}
+    owned: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        storage = tensor.untyped_storage()
+        # safetensors refuses memory that two names share
+        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in owned
+        owned.add(storage.data_ptr())
+        plain[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(plain)
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON with sorted keys, so that equal values give equal bytes."""
+    return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """All weights by parameter name, tied ones sharing memory. Raises CheckpointError as `read_checked` does."""
+    weights = _read_parts(folder, manifest, "weights/")
+    for alias, owner in manifest.tied.items():
+        weights[alias] = weights[owner]
+    return weights
+
+
+def read_optimizer(folder: Path, manifest: Manifest) -> dict[str, dict[str, torch.Tensor]]:
+    """All optimizer state by parameter name and state name."""
+    optimizer: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_parts(folder, manifest, "optimizer/").items():
+        name, _, state = key.rpartition("/")
+        optimizer.setdefault(name, {})[state] = tensor
+    return optimizer
+
+
+def read_lanes(folder: Path, manifest: Manifest, start: int, stop: int) -> dict[str, torch.Tensor] | None:
+    """Carried state of lanes [start, stop), put together from the files of any number of ranks.
+
+    Returns:
+        Packed state [stop - start, ...] in memory of its own; None if the checkpoint carries no state.
+
+    Raises:
+        UsageError: the checkpoint does not have all of these lanes.
+    """
+    ranges = {name: (int(match[1]), int(match[2]) + 1) for name in manifest.files if (match := _LANES_FILE.match(name))}
+    if not ranges:
+        return None
+    pieces, position = [], start
+    for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
+        if first <= position < min(last, stop):
+            tensors = _read_tensors(folder, manifest, name)
+            rows = slice(position - first, min(last, stop) - first)
+            pieces.append({key: tensor[rows] for key, tensor in tensors.items()})
+            position = min(last, stop)
+    if position != stop:
+        have = ", ".join(f"{first}..{last - 1}" for first, last in sorted(ranges.values()))
+        raise UsageError(
+            f"{folder}: carried state of lanes {start}..{stop - 1} is wanted, the checkpoint has {have}. "
+            f"The number of lanes cannot change on resume: set data.lanes as in {folder / CONFIG}."
+        )
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+
+
+def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
+    """A JSON file of the checkpoint, checked."""
+    content = read_file(folder, manifest, name)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not JSON ({error})") from error
+
+
+def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """A file of the checkpoint, checked; CheckpointError if the manifest does not list it."""
+    if name not in manifest.files:
+        raise CheckpointError(f"manifest.json: lists no {name}")
+    return read_checked(folder, name, manifest.files[name], manifest.chunk_bytes)
+
+
+def _read_parts(folder: Path, manifest: Manifest, prefix: str) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(manifest.files):
+        if name.startswith(prefix):
+            tensors.update(_read_tensors(folder, manifest, name))
+    return tensors
+
+
+def _read_tensors(folder: Path, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(read_file(folder, manifest, name))
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{name}: not a safetensors file ({error})") from error

@@ -1,0 +1,101 @@
+"""A model from a checkpoint, for evaluation, export and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from longspan.errors import CheckpointError, LongspanError
+from longspan.modeling.model import LanguageModel, build_model
+from longspan.trainer import recipes
+from longspan.trainer.checkpoint import contents
+from longspan.trainer.checkpoint.manifest import Manifest
+from longspan.trainer.checkpoint.verify import checked_manifest, damaged, newest
+from longspan.trainer.config import RunConfig
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified checkpoint's model.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for, fp32.
+        config: the run's configuration.
+        step: optimizer updates that made the model.
+        fingerprint: hex sha256 that changes with any byte of the checkpoint.
+        path: checkpoint folder.
+    """
+
+    model: LanguageModel
+    config: RunConfig
+    step: int
+    fingerprint: str
+    path: Path
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Verify a checkpoint whole and build its model.
+
+    Args:
+        path: checkpoint folder, or a run directory for its newest published checkpoint.
+        device: where the model goes.
+
+    Raises:
+        UsageError: the path is neither of the two.
+        CheckpointError: the checkpoint does not verify (names file and byte range), or does not hold the weights
+            of the model that its configuration describes.
+    """
+    folder = newest(Path(path))
+    manifest, fingerprint = checked_manifest(folder, skip="weights/")
+    try:
+        weights = contents.read_weights(folder, manifest)
+    except CheckpointError as error:
+        raise damaged(folder, [str(error)]) from error
+    config = read_config(folder, manifest)
+    with torch.random.fork_rng(devices=[]):  # initial values are about to be replaced: leave the caller's generator
+        model = build_model(config.model)
+    assign_weights(model, weights, folder)
+    return LoadedModel(model.to(device).eval(), config, manifest.step, fingerprint, folder)
+
+
+def read_config(folder: Path, manifest: Manifest) -> RunConfig:
+    """The run configuration that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: this version of Longspan cannot read it.
+    """
+    text = contents.read_file(folder, manifest, contents.CONFIG).decode()
+    try:
+        return recipes.validate(RunConfig, yaml.safe_load(text), f"{folder / contents.CONFIG}")
+    except (LongspanError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder / contents.CONFIG} is no configuration of this version: {error}") from error
+
+
+def assign_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy `weights` into the model's parameters; every name and shape must match.
+
+    Raises:
+        CheckpointError: lists the first parameters that are missing, unknown or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    problems = [f"{name}: not in the checkpoint" for name in parameters.keys() - weights.keys()]
+    problems += [
+        f"{name}: unknown to the model"
+        for name in weights.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    ]
+    problems += [
+        f"{name}: {list(weights[name].shape)} in the checkpoint, {list(parameters[name].shape)} in the model"
+        for name in parameters.keys() & weights.keys()
+        if weights[name].shape != parameters[name].shape
+    ]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:10])
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit its own {contents.CONFIG}; {len(problems)} differences:\n{shown}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

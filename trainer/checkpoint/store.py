@@ -1,0 +1,331 @@
+"""The trainer's own save and load, all ranks together.
+
+A save: rank 0 makes a temporary folder; every rank writes its share there, hashing while writing; all agree that
+every rank succeeded; rank 0 writes the manifest and COMMITTED, renames the folder to its final name and prunes; all
+learn the outcome. Every file and folder is synced before the rename, so a crash or power loss at any moment leaves
+the old checkpoints or the new one. No rank leaves an agreement out because of an error, so none waits for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from longspan.errors import CheckpointError
+from longspan.trainer.checkpoint import contents
+from longspan.trainer.checkpoint.agreement import RankDiskError, Ranks
+from longspan.trainer.checkpoint.contents import RunState
+from longspan.trainer.checkpoint.crash_points import crash_point
+from longspan.trainer.checkpoint.files import (
+    CHUNK_BYTES,
+    FileEntry,
+    check_file,
+    sync_folder,
+    write_file,
+)
+from longspan.trainer.checkpoint.manifest import (
+    COMMITTED,
+    MANIFEST,
+    Manifest,
+    commit_line,
+    committed_folders,
+    read_manifest,
+    step_folder_name,
+)
+from longspan.trainer.checkpoint.prune import prune, remove_orphans, temporary_name
+from longspan.trainer.checkpoint.verify import verify
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """Outcome of one save, the same on all ranks but for `seconds`.
+
+    Attributes:
+        ok: the checkpoint is published and survives a crash.
+        path: its folder; None if not ok.
+        seconds: wall time of the save.
+        error: what went wrong and what to do; None if ok.
+    """
+
+    ok: bool
+    path: Path | None
+    seconds: float
+    error: str | None
+
+
+class CheckpointStore:
+    """Checkpoints of one run.
+
+    Every rank of the run makes one and calls `save` and `load_newest` together with the others.
+
+    Args:
+        root: RUN/checkpoints; made by the first save. The caller holds the run directory's lock.
+        rank, world_size, group: this rank in the process group that saves (None: the default group). The group is
+            not used when world_size is 1.
+        keep_last: newest checkpoints that pruning keeps.
+        milestone_interval_steps: multiples of this are kept as well; None: no milestones.
+        warn: takes messages about fallbacks and left-overs, on rank 0; standard error if not given.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        keep_last: int = 3,
+        milestone_interval_steps: int | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self._ranks = Ranks(rank, world_size, group)
+        self._keep_last = keep_last
+        self._milestone_interval_steps = milestone_interval_steps
+        self._warn = warn or _to_standard_error
+        self._temporary: Path | None = None
+
+    def committed(self) -> list[Path]:
+        """Published checkpoints, oldest first; not verified."""
+        return committed_folders(self.root)
+
+    def save(self, state: RunState) -> SaveResult:
+        """Write one checkpoint; to be called by all ranks at the same step.
+
+        A disk error on any rank (full, read-only, input/output error) is reported in the result on all of them, and
+        nothing is left behind; the older checkpoints are not touched.
+
+        Raises:
+            ClusterError: another rank failed for a reason that is no disk error; that rank raises its own error.
+        """
+        started = time.monotonic()
+        crash_point("before-temporary")
+        try:
+            path = self._save(state)
+        except RankDiskError as error:
+            message = (
+                f"checkpoint of step {state.step} not saved: {error}. The older checkpoints are untouched; the next "
+                f"save tries again. Free space on the disk of {self.root}, or lower "
+                f"checkpoint.keep_last = {self._keep_last}."
+            )
+            return SaveResult(False, None, time.monotonic() - started, message)
+        return SaveResult(True, path, time.monotonic() - started, None)
+
+    def _save(self, state: RunState) -> Path:
+        tied = contents.find_tied(state.weights)
+        weights = {name: tensor for name, tensor in state.weights.items() if name not in tied}
+        optimizer = contents.flat_optimizer(state.optimizer)
+
+        def begin() -> tuple[str | None, dict[str, int], dict[str, int]]:
+            name = self._make_temporary(state.step) if self._ranks.rank == 0 else None
+            return name, _sizes(weights), _sizes(optimizer)
+
+        begun = self._agree(begin)
+        final = self.root / step_folder_name(state.step)
+        if begun[0][0] is None:
+            return final
+        self._temporary = self.root / begun[0][0]
+
+        def write() -> tuple[dict[str, FileEntry], dict[str, Any], tuple[int, int] | None]:
+            shares = {}
+            for folder, tensors, place in (("weights", weights, 1), ("optimizer", optimizer, 2)):
+                names = contents.divide([sizes[place] for sizes in begun])[self._ranks.rank]
+                shares[folder] = {name: tensors[name] for name in names}
+            return (
+                self._write_payload(state, shares),
+                state.rng,
+                None if state.lanes is None else (state.lane_start, state.lane_stop),
+            )
+
+        written = self._agree(write)
+
+        def publish() -> None:
+            if self._ranks.rank == 0:
+                self._publish(state, tied, written, final)
+
+        self._agree(publish)
+        self._temporary = None
+        return final
+
+    def _make_temporary(self, step: int) -> str | None:
+        """Name of a fresh temporary folder; None if this step is already saved and verifies."""
+        if not self.root.is_dir():
+            self.root.mkdir(parents=True)
+            sync_folder(self.root.parent)
+        remove_orphans(self.root, self._warn)
+        final = self.root / step_folder_name(step)
+        if (final / COMMITTED).is_file():
+            try:
+                verify(final)
+                return None
+            except CheckpointError as error:
+                self._warn(f"{error}\nIt is replaced by a new save of the same step.")
+        self._temporary = self.root / temporary_name(final.name)
+        for folder in ("", *contents.FOLDERS):
+            os.mkdir(self._temporary / folder)
+        return self._temporary.name
+
+    def _write_payload(self, state: RunState, shares: dict[str, dict[str, Any]]) -> dict[str, FileEntry]:
+        """Write this rank's share; returns the manifest's entries for it."""
+        temporary = self._temporary
+        assert temporary is not None
+        entries = {}
+        for folder, tensors in shares.items():
+            for name, content in contents.encode_parts(tensors, folder, self._ranks.rank):
+                entries[name] = write_file(temporary, name, content)
+        if state.lanes is not None:
+            name, content = contents.encode_lanes(state)
+            entries[name] = write_file(temporary, name, content)
+        if self._ranks.rank == 0:
+            entries[contents.CONFIG] = write_file(temporary, contents.CONFIG, state.config_yaml.encode())
+            entries[contents.DATA] = write_file(temporary, contents.DATA, contents.encode_json(state.data))
+        return entries
+
+    def _publish(self, state: RunState, tied: dict[str, str], written: list[Any], final: Path) -> None:
+        """Rank 0: complete the temporary folder, give it its final name, prune."""
+        temporary = self._temporary
+        assert temporary is not None
+        files: dict[str, FileEntry] = {}
+        for entries, _, _ in written:
+            files.update(entries)
+        rng = {"ranks": [state_of_rank for _, state_of_rank, _ in written]}
+        files[contents.RNG] = write_file(temporary, contents.RNG, contents.encode_json(rng))
+        crash_point("after-payload")
+        manifest = Manifest(
+            step=state.step,
+            config_sha256=hashlib.sha256(state.config_yaml.encode()).hexdigest(),
+            world_size=self._ranks.world_size,
+            lanes=[lanes for _, _, lanes in written if lanes is not None],
+            tied=tied,
+            counters=state.counters,
+            chunk_bytes=CHUNK_BYTES,
+            files=files,
+        ).encoded()
+        write_file(temporary, MANIFEST, manifest)
+        for folder in contents.FOLDERS:
+            sync_folder(temporary / folder)
+        crash_point("after-manifest")
+        write_file(temporary, COMMITTED, commit_line(manifest))
+        crash_point("after-committed")
+        sync_folder(temporary)
+        crash_point("before-rename")
+        if final.exists():  # not verified, or begin() would have kept it: evidence, so moved aside and not removed
+            os.rename(final, self.root / f"damaged-{final.name}-{secrets.token_hex(4)}")
+        os.rename(temporary, final)
+        crash_point("after-rename")
+        sync_folder(self.root)
+        crash_point("before-prune")
+        prune(
+            self.root,
+            final,
+            keep_last=self._keep_last,
+            milestone_interval_steps=self._milestone_interval_steps,
+            warn=self._warn,
+        )
+
+    def load_newest(self, lane_start: int, lane_stop: int) -> tuple[RunState, Path] | None:
+        """The newest checkpoint that verifies on all ranks; to be called by all ranks.
+
+        Every file of it is checked, by the ranks that read it or by one of them. Orphans of a crash are removed.
+
+        Args:
+            lane_start, lane_stop: this rank's lanes [start, stop); the ranks that saved may have had others.
+
+        Returns:
+            (this rank's state, checkpoint folder), or None if nothing was ever published.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none verifies.
+            UsageError: the checkpoint does not have these lanes.
+        """
+
+        def find() -> list[str]:
+            if self._ranks.rank or not self.root.is_dir():
+                return []
+            remove_orphans(self.root, self._warn)
+            return [folder.name for folder in reversed(self.committed())]
+
+        try:
+            names = self._agree(find)[0]
+        except RankDiskError as error:
+            raise CheckpointError(f"the checkpoints cannot be listed: {error}. Check the disk.") from error
+        problems = []
+        for name in names:
+            folder = self.root / name
+            loaded: list[RunState] = []
+
+            def read(folder: Path = folder, loaded: list[RunState] = loaded) -> None:
+                loaded.append(self._read(folder, lane_start, lane_stop))
+
+            try:
+                self._agree(read)
+                return loaded[0], folder
+            except CheckpointError as error:
+                problems.append(f"checkpoint {folder} does not verify: {error}")
+                if self._ranks.rank == 0:
+                    self._warn(f"{problems[-1]}. Falling back to the next older checkpoint.")
+        if not problems:
+            return None
+        raise CheckpointError(
+            "no checkpoint left that verifies:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + f"\nRestore one of them from a backup, or move {self.root} away and start the run again."
+        )
+
+    def _read(self, folder: Path, lane_start: int, lane_stop: int) -> RunState:
+        manifest, _ = read_manifest(folder)
+        rng = contents.read_json(folder, manifest, contents.RNG)["ranks"]
+        state = RunState(
+            step=manifest.step,
+            weights=contents.read_weights(folder, manifest),
+            optimizer=contents.read_optimizer(folder, manifest),
+            lanes=contents.read_lanes(folder, manifest, lane_start, lane_stop),
+            lane_start=lane_start,
+            lane_stop=lane_stop,
+            data=contents.read_json(folder, manifest, contents.DATA),
+            rng=rng[self._ranks.rank] if self._ranks.rank < len(rng) else {},
+            counters=manifest.counters,
+            config_yaml=contents.read_file(folder, manifest, contents.CONFIG).decode(),
+        )
+        # carried state is the only thing that a rank reads in part
+        for number, name in enumerate(sorted(name for name in manifest.files if name.startswith("state/"))):
+            if number % self._ranks.world_size == self._ranks.rank:
+                check_file(folder, name, manifest.files[name], manifest.chunk_bytes)
+        return state
+
+    def _agree(self, work: Callable[[], Any]) -> list[Any]:
+        """`Ranks.agree`, and a failure leaves nothing behind: no rank writes any more when it is known."""
+        try:
+            return self._ranks.agree(work)
+        except Exception:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        """After a failed save, when no rank writes any more."""
+        if self._ranks.rank == 0 and self._temporary is not None:
+            try:
+                shutil.rmtree(self._temporary)
+            except FileNotFoundError:
+                pass  # it failed before the folder was made, or after the rename
+            except OSError as error:
+                self._warn(f"left-over {self._temporary} could not be removed: {error}. The next save tries again.")
+        self._temporary = None
+
+
+def _sizes(tensors: dict[str, Any]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _to_standard_error(message: str) -> None:
+    print(f"longspan: {message}", file=sys.stderr, flush=True)
