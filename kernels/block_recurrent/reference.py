@@ -1,0 +1,39 @@
+"""The Block-Recurrent layer's attention block by block, as the paper describes it: the form to compare with."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs, BlockRecurrentOutputs
+from longspan.kernels.block_recurrent.state_path import cross_attend, project_state, write_state
+from longspan.kernels.window_attention.reference import attend, scaled_bias
+
+
+def sequential(inputs: BlockRecurrentInputs) -> BlockRecurrentOutputs:
+    """Every block in turn: read the state, attend, write the state. Arguments and result: `inputs`."""
+    path, window, tokens = inputs.path, inputs.window, inputs.q.shape[1]
+    stacked = path.stacked()
+    state, outputs, states = inputs.state, [], []
+    for block, begin in enumerate(range(0, tokens, window)):
+        end = min(begin + window, tokens)
+        starts = inputs.reset[:, block, None, None]
+        state = torch.where(starts, path.initial.to(state.dtype), state)
+        seen = [
+            torch.cat(
+                [x[:, begin : begin + window].masked_fill(starts[..., None], 0.0), x[:, begin + window : end + window]],
+                dim=1,
+            ).transpose(1, 2)
+            for x in (inputs.keys, inputs.values)
+        ]
+        keys, values = seen  # [B, H, 2W, Dh]
+        projected = project_state(state, path, stacked)
+        bias = scaled_bias(inputs.bias_table, inputs.scale, window, end - begin)
+        drop = None if inputs.drop is None else inputs.drop[:, : end - begin, : window + end - begin]
+        q = inputs.q[:, begin:end].transpose(1, 2)
+        own = attend(q.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), bias, None, drop)[:, 0]
+        read = cross_attend(inputs.state_query[:, begin:end].transpose(1, 2), projected.keys, projected.values)
+        outputs.append(torch.cat([own, read], dim=1).transpose(1, 2))
+        if end - begin == window:
+            state = write_state(state, projected, keys, values, path)
+        states.append(state)
+    return BlockRecurrentOutputs(torch.cat(outputs, dim=1), torch.stack(states, dim=1))

@@ -1,0 +1,1 @@
+"""Negative log-likelihood of each token from hidden vectors and a tied embedding."""

@@ -1,0 +1,1 @@
+"""Causal attention with rotary positions and a cache."""

@@ -1,0 +1,1 @@
+"""Linear attention as a chunked affine scan (arXiv:2006.16236)."""

@@ -1,0 +1,1 @@
+"""Strict sliding-window attention with a Transformer-XL cache (arXiv:2203.07852)."""

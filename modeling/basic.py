@@ -1,0 +1,75 @@
+"""Small modules that every layer uses: dense, RMSNorm, dropout, feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longspan.kernels.block_recurrent.state_path import rms_normalise
+from longspan.modeling.initialisation import variance_scaling_
+
+DROPOUT_TILE_TOKENS = 128
+
+
+class Dense(nn.Module):
+    """x W^T without bias; truncated-normal variance scaling."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        """Args: in_dim, out_dim: widths of input and output."""
+        super().__init__()
+        self.weight = nn.Parameter(variance_scaling_(torch.empty(out_dim, in_dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [..., out_dim]."""
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + 1e-6) * scale, statistics in fp32 or more."""
+
+    def __init__(self, dim: int) -> None:
+        """Args: dim: width."""
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return rms_normalise(x, self.scale)
+
+
+class TiledDropout(nn.Module):
+    """Dropout with one mask of 128 tokens, shared by all rows and tiled over the sequence, as in the paper's code."""
+
+    def __init__(self, probability: float) -> None:
+        """Args: probability: of a value to be dropped."""
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; the identity outside training."""
+        if not self.training or self.probability == 0:
+            return x
+        tokens, dim = x.shape[-2:]
+        mask = dropout_mask((min(tokens, DROPOUT_TILE_TOKENS), dim), self.probability, x)
+        return x * mask.repeat(-(-tokens // mask.shape[0]), 1)[:tokens]
+
+
+def dropout_mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
+    """Multipliers 0 or 1 / (1 - probability) in the dtype and on the device of `like`."""
+    keep = 1 - probability
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+
+class FeedForward(nn.Module):
+    """relu(x W1^T) W2^T."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        """Args: dim: width of input and output; hidden_dim: width between."""
+        super().__init__()
+        self.hidden = Dense(dim, hidden_dim)
+        self.output = Dense(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return self.output(torch.relu(self.hidden(x)))

@@ -1,0 +1,92 @@
+"""The language model: tied embedding, stack of layers, final norm, token losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import ShapeError
+from longspan.kernels.cross_entropy.api import scaled_logits, token_nll
+from longspan.modeling import state as states
+from longspan.modeling.basic import RMSNorm, TiledDropout
+from longspan.modeling.config import ModelConfig
+from longspan.modeling.memory import RecurrentMemory
+from longspan.modeling.protocol import Aux, StatefulModule, check_reset
+from longspan.modeling.stack import Stack
+from longspan.modeling.state import State
+
+
+class LanguageModel(nn.Module):
+    """Next-token model over documents whose state is carried from call to call."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Args: config: the whole model; parameters are drawn from torch's global generator."""
+        super().__init__()
+        self.config = config
+        self.quantum = config.quantum
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # N(0, 1), also the output matrix
+        self.backbone: StatefulModule = Stack(config)
+        if config.memory is not None:
+            self.backbone = RecurrentMemory(self.backbone, config.memory, config.dim, config.window_tokens)
+        self.final_norm = RMSNorm(config.dim)
+        self.dropout = TiledDropout(config.dropout)
+
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """The state at a document start in `batch` rows; on the parameters' device if None."""
+        return self.backbone.init_state(batch, device)
+
+    def state_spec(self) -> states.SpecTree:
+        """Shape, dtype, kind and initial value of each state tensor."""
+        return self.backbone.state_spec()
+
+    def forward(
+        self, tokens: Tensor, state: State, *, reset: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, State, Aux]:
+        """Logits or token losses.
+
+        Args:
+            tokens: int64 [B, T].
+            state: of the B rows; never changed in place.
+            reset: bool [B, ceil(T/quantum)], a document starts there.
+            labels: int64 [B, T], -100 = no loss; or None.
+
+        Returns:
+            Without labels logits [B, T, vocab_size] fp32; with labels the negative log-likelihood of each label
+            in nats, [B, T] fp32, 0 where the label is -100. The new state, with gradient: detach it before the
+            next step. Auxiliary losses, weighted and summed over tokens.
+
+        Raises:
+            ShapeError: tokens, reset and state do not fit together.
+        """
+        if tokens.dim() != 2:
+            raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B, T]. Add the missing dimension.")
+        check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum)
+        states.check(state, self.state_spec(), tokens.shape[0])
+        y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)
+        y = self.dropout(self.final_norm(y))
+        if labels is None:
+            return scaled_logits(y, self.embedding.weight), state, aux
+        return token_nll(y, self.embedding.weight, labels), state, aux
+
+    def reset_rows(self, state: State, rows: Tensor, kinds: tuple[str, ...] = ("recurrent", "cache")) -> State:
+        """The state with its tensors of the given kinds at their initial value in the rows bool [B]."""
+        initial = states.where(rows, self.init_state(rows.shape[0], rows.device), state)
+        return states.of_kinds(self.state_spec(), kinds, initial, state)
+
+    def swap_rows(self, state: State, permutation: Tensor, kinds: tuple[str, ...] = ("recurrent",)) -> State:
+        """The state with row i's tensors of the given kinds taken from row permutation[i], int64 [B]."""
+        return states.of_kinds(self.state_spec(), kinds, states.index_select(state, permutation), state)
+
+    def decode_state(self, state: State) -> State:
+        """A state at an edge of the quantum in the form that `step_tokens` takes."""
+        return self.backbone.decode_state(state)
+
+    def step_tokens(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token int64 [B] of each row: logits [B, vocab_size] fp32 and the next decode state."""
+        y, state = self.backbone.step(self.embedding(tokens), state)
+        return scaled_logits(self.final_norm(y), self.embedding.weight), state
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    """A freshly initialised model; draws from torch's global generator, which the caller seeds."""
+    return LanguageModel(config)

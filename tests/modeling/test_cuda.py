@@ -1,0 +1,60 @@
+"""The same numbers on a CUDA device: outputs, states and gradients in fp64; bf16 stays finite and typed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import MODELS, WINDOW, no_reset, random_tokens, tiny_model
+
+from longspan.modeling import state as states
+from longspan.modeling.model import LanguageModel
+from longspan.modeling.state import pack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def train_step(model: LanguageModel, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of a segment with a reset inside, after which gradients are set; the new state, flat."""
+    tokens = random_tokens(2, 4 * WINDOW).to(device)
+    reset = no_reset(model, 2, 4 * WINDOW).to(device)
+    reset[0, 0] = reset[1, 2 * WINDOW // model.quantum] = True
+    losses, state, aux = model(tokens, model.init_state(2, device), reset=reset, labels=tokens)
+    (losses.sum() + sum(aux.values())).backward()
+    return losses, pack(state)
+
+
+@every_model
+def test_fp64_equals_the_cpu(name: str) -> None:
+    model = tiny_model(name)
+    twin = copy.deepcopy(model).cuda()
+    want, state = train_step(model, "cpu")
+    got, on_device = train_step(twin, "cuda")
+    assert torch.allclose(got.cpu(), want, atol=1e-10)
+    for path, tensor in state.items():
+        assert torch.allclose(on_device[path].cpu(), tensor, atol=1e-10), path
+    for (path, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), path
+        if a.grad is not None:
+            assert torch.allclose(b.grad.cpu(), a.grad, atol=1e-9), path
+
+
+@every_model
+def test_bf16_trains_and_decodes(name: str) -> None:
+    model = tiny_model(name, torch.bfloat16, dropout=0.1).cuda()
+    losses, _ = train_step(model, "cuda")
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    model.eval()
+    with torch.no_grad():
+        tokens = random_tokens(2, 2 * WINDOW).cuda()
+        reset = no_reset(model, *tokens.shape).cuda()
+        want, _, _ = model(tokens, model.init_state(2), reset=reset)
+        decode = states.to(model.decode_state(model.init_state(2)), "cuda")
+        for place in range(2 * WINDOW):
+            logits, decode = model.step_tokens(tokens[:, place], decode)
+            assert (logits - want[:, place]).abs().max() < 0.1

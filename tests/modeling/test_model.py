@@ -1,0 +1,182 @@
+"""The language model's interface: state handling, dropout, losses, and messages about wrong shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import MODELS, WINDOW, no_reset, random_tokens, tiny_model
+
+from longspan.errors import ShapeError, UsageError
+from longspan.modeling import state as states
+from longspan.modeling.basic import TiledDropout
+from longspan.modeling.config import ModelConfig
+from longspan.modeling.model import build_model
+from longspan.modeling.protocol import refine_reset
+from longspan.modeling.state import pack, unpack
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@every_model
+def test_forward_leaves_the_given_state_alone(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(2, 4 * WINDOW)
+    reset = no_reset(model, *tokens.shape)
+    reset[:, -1] = True
+    state = states.detach(model.init_state(2))
+    copies = {path: tensor.clone() for path, tensor in pack(state).items()}
+    model(tokens, state, reset=reset)
+    decode = model.decode_state(state)
+    before = {path: tensor.clone() for path, tensor in pack(decode).items()}
+    model.step_tokens(tokens[:, 0], decode)
+    assert all(torch.equal(tensor, copies[path]) for path, tensor in pack(state).items())
+    assert all(torch.equal(tensor, before[path]) for path, tensor in pack(decode).items())
+
+
+def test_the_initial_state_does_not_follow_the_optimizer() -> None:
+    model = tiny_model("fixed_skip")
+    state = model.init_state(1)
+    before = state["layer1"]["state"].clone()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.recurrent.initial.add_(1.0)
+    assert torch.equal(state["layer1"]["state"], before)
+
+
+@every_model
+def test_losses_are_those_of_the_logits(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(2, 3 * WINDOW)
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = -100
+    reset = no_reset(model, *tokens.shape)
+    logits, _, _ = model(tokens, model.init_state(2), reset=reset)
+    losses, _, aux = model(tokens, model.init_state(2), reset=reset, labels=labels)
+    want = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    assert torch.allclose(losses, want.masked_fill(labels == -100, 0.0))
+    assert set(aux) == ({"memory_norm"} if "memory" in name else set())
+
+
+def test_the_auxiliary_loss_is_weighted_and_summed_over_tokens() -> None:
+    model = tiny_model("memory")
+    tokens = random_tokens(2, 2 * WINDOW)
+    reset = no_reset(model, *tokens.shape)
+    _, first, one = model(tokens[:, :WINDOW], model.init_state(2), reset=reset[:, :1])
+    assert one["memory_norm"].item() == pytest.approx(0.1 * WINDOW * 2 * first["memory"].square().mean().item())
+    _, _, two = model(tokens[:, WINDOW:], first, reset=reset[:, 1:])
+    _, _, both = model(tokens, model.init_state(2), reset=reset)
+    assert both["memory_norm"].item() == pytest.approx(one["memory_norm"].item() + two["memory_norm"].item())
+    unweighted = tiny_model("memory", memory={"num_tokens": 2})
+    assert unweighted(tokens, unweighted.init_state(2), reset=reset)[2] == {}
+
+
+@every_model
+def test_reset_rows_is_a_new_start_of_those_rows(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(3, 2 * WINDOW)
+    reset = no_reset(model, *tokens.shape)
+    _, state, _ = model(tokens, model.init_state(3), reset=reset)
+    rows = torch.tensor([False, True, False])
+    fresh = model.reset_rows(state, rows)
+    starts = reset.clone()
+    starts[1, 0] = True
+    assert torch.equal(model(tokens, fresh, reset=reset)[0], model(tokens, state, reset=starts)[0])
+    specs = dict(states.leaves(model.state_spec()))
+    recurrent_only = model.reset_rows(state, rows, kinds=("recurrent",))
+    for path, tensor in pack(recurrent_only).items():
+        source = fresh if specs[path].kind == "recurrent" else state
+        assert torch.equal(tensor, pack(source)[path]), path
+
+
+@every_model
+def test_swap_rows_takes_recurrent_states_of_other_rows(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(3, 2 * WINDOW)
+    _, state, _ = model(tokens, model.init_state(3), reset=no_reset(model, *tokens.shape))
+    permutation = torch.tensor([1, 2, 0])
+    specs = dict(states.leaves(model.state_spec()))
+    for path, tensor in pack(model.swap_rows(state, permutation)).items():
+        old = pack(state)[path]
+        assert torch.equal(tensor, old[permutation] if specs[path].kind == "recurrent" else old), path
+
+
+def test_dropout_has_one_tile_for_all_rows() -> None:
+    torch.manual_seed(0)
+    dropout = TiledDropout(0.25)
+    y = dropout(torch.ones(3, 300, 16))
+    assert torch.equal(y, y[:1].expand(3, -1, -1))
+    assert torch.equal(y[:, :128], y[:, 128:256]) and torch.equal(y[:, :44], y[:, 256:])
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert 0.15 < (y[0, :128] == 0).float().mean() < 0.35
+    assert torch.equal(dropout.eval()(torch.ones(1, 3, 2)), torch.ones(1, 3, 2))
+
+
+@every_model
+def test_dropout_acts_in_training_only(name: str) -> None:
+    model = tiny_model(name, dropout=0.3)
+    tokens = random_tokens(2, 3 * WINDOW + 1)
+    run = lambda: model(tokens, model.init_state(2), reset=no_reset(model, *tokens.shape))[0]  # noqa: E731
+    model.eval()
+    assert torch.equal(run(), run())
+    model.train()
+    assert not torch.equal(run(), run())
+
+
+def test_the_seed_decides_the_parameters() -> None:
+    one, two = tiny_model("hybrid"), tiny_model("hybrid")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_initial_spread_of_the_parameters() -> None:
+    torch.manual_seed(0)
+    layer = {"mixer": "block_recurrent", "gate": "lstm", "mode": "skip", "num_states": 64}
+    model = build_model(ModelConfig(vocab_size=64, dim=256, num_heads=8, head_dim=32, ffn_dim=512, layers=[layer]))
+    mixer = model.backbone.layers[0].mixer
+    spreads = {
+        "query.weight": 256**-0.5,
+        "output.weight": 512**-0.5,
+        "recurrent.initial": 0.1,
+        "recurrent.ids": 1.0,
+        "position_table": 32**-0.5,
+        "recurrent.write.gate.forget_weight": (0.1 / 512) ** 0.5,
+        "recurrent.write.gate.forget_bias": 0.1,
+    }
+    for name, std in spreads.items():
+        assert mixer.get_parameter(name).std().item() == pytest.approx(std, rel=0.15), name
+    bound = 2 * 256**-0.5 / 0.8796
+    assert mixer.query.weight.abs().max() <= bound * 1.001
+    assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_wrong_shapes_are_named() -> None:
+    model = tiny_model("fixed_skip")
+    tokens = random_tokens(2, 2 * WINDOW)
+    state = model.init_state(2)
+    with pytest.raises(ShapeError, match=r"reset is torch.bool \[2, 8\], expected torch.bool \[2, 2\]"):
+        model(tokens, state, reset=torch.zeros(2, 8, dtype=torch.bool))
+    with pytest.raises(ShapeError, match=r"tokens are \[8\], expected \[B, T\]"):
+        model(tokens[0], state, reset=no_reset(model, 2, 8))
+    with pytest.raises(ShapeError, match=r"layer1.state is \[1, 3, 16\], expected \[2, 3, 16\]"):
+        broken = states.tree_map(lambda s: s, state)
+        broken["layer1"]["state"] = broken["layer1"]["state"][:1]
+        model(tokens, broken, reset=no_reset(model, *tokens.shape))
+    with pytest.raises(ShapeError, match="differ from the model's at layer1"):
+        model(tokens, {"layer0": state["layer0"]}, reset=no_reset(model, *tokens.shape))
+
+
+def test_an_unknown_kind_of_state_is_refused() -> None:
+    model = tiny_model("fixed_skip")
+    with pytest.raises(UsageError, match=r"called memory\. Use recurrent, cache"):
+        model.reset_rows(model.init_state(1), torch.tensor([True]), kinds=("memory",))
+
+
+def test_unpack_restores_what_pack_made() -> None:
+    state = tiny_model("hybrid").init_state(2)
+    assert pack(unpack(pack(state))).keys() == pack(state).keys()
+    assert states.tree_map(lambda a, b: torch.equal(a, b), state, unpack(pack(state)))["layer0"]["matrix"] is True
+
+
+def test_refine_reset_puts_flags_on_the_first_token_of_their_quantum() -> None:
+    reset = torch.tensor([[True, False, True]])
+    fine = refine_reset(reset, tokens=10, coarse=4, fine=2)
+    assert fine.tolist() == [[True, False, False, False, True]]
+    assert refine_reset(reset, 10, 4, 4) is reset
