@@ -1,0 +1,274 @@
+"""A checkpoint as a Hugging Face folder: read, write beside the target, verify by loading, rename.
+
+The trainer's own names are the names in the export (`modeling/hf` mirrors the modules), so a weight is copied, not
+mapped. The folder needs nothing of Longspan: it holds its own two Python files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from importlib import import_module, machinery, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from longspan import __version__
+from longspan.data_pipeline.vocabulary import BOS, EOS, PAD
+from longspan.errors import CheckpointError, UsageError
+from longspan.modeling.hf.configuration_longspan import LongspanConfig
+from longspan.modeling.hf.modeling_longspan import LongspanForCausalLM
+from longspan.modeling.hf.source import CONFIGURATION_FILE, MODELING_FILE, python_files
+from longspan.modeling.hf.tokenizer import byte_tokenizer
+from longspan.trainer.checkpoint import contents
+from longspan.trainer.checkpoint.load import read_config
+from longspan.trainer.checkpoint.verify import checked_manifest, damaged, newest
+from longspan.trainer.config import RunConfig
+from longspan.trainer.export_card import Provenance, newest_result, write_card
+from longspan.trainer.export_weights import MAX_SHARD_BYTES, tensor_sha256, without_padding, write_shards
+
+MANIFEST = "export_manifest.json"
+USED_IDS = PAD + 1
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, Any]:
+    """Write the Hugging Face form of a checkpoint. Nothing stands at `out` before everything is written and verified.
+
+    Args:
+        checkpoint: checkpoint folder, or run directory for its newest one.
+        out: folder to write; must not exist.
+        overwrite: replace `out` if it is an earlier export (or empty).
+        max_shard_bytes: of one weights file.
+
+    Returns:
+        Where it is and what it holds.
+
+    Raises:
+        UsageError: `out` exists or cannot be written, or there is no checkpoint.
+        CheckpointError: the checkpoint does not verify, or the export does not load back to equal weights.
+    """
+    source = newest(checkpoint)
+    _check_target(out, overwrite)
+    manifest, fingerprint = checked_manifest(source, skip="weights/")
+    config = read_config(source, manifest)
+    try:
+        weights = contents.read_weights(source, manifest)
+        data = contents.read_json(source, manifest, contents.DATA)
+    except CheckpointError as error:
+        raise damaged(source, [str(error)]) from error
+    tensors, dropped = without_padding(weights, manifest.tied, min(USED_IDS, config.model.vocab_size))
+    provenance = Provenance(
+        fingerprint=fingerprint,
+        step=manifest.step,
+        checkpoint=source.name,
+        counters=manifest.counters,
+        data=data,
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dropped=dropped,
+    )
+    result = newest_result(source, fingerprint)
+    with _published(out) as folder:
+        _write_code_and_config(folder, config)
+        entries = write_shards(tensors, folder, max_shard_bytes)
+        write_card(folder, config, provenance, result)
+        _write_manifest(folder, provenance, entries)
+        verify_export(folder, tensors)
+    return {
+        "out": str(out),
+        "checkpoint": str(source),
+        "fingerprint": fingerprint,
+        "step": manifest.step,
+        "parameters": provenance.num_parameters,
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        "evaluation": None if result is None else result["key"],
+    }
+
+
+def hf_config(config: RunConfig) -> LongspanConfig:
+    """The configuration of a run's model in its Hugging Face form, padding rows of the vocabulary left out."""
+    model = config.model
+    exported = LongspanConfig(
+        vocab_size=min(USED_IDS, model.vocab_size),
+        hidden_size=model.dim,
+        num_attention_heads=model.num_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.ffn_dim,
+        window_tokens=model.window_tokens,
+        blocks=[layer.model_dump(mode="json", exclude={"repeat"}) for layer in model.expanded_layers()],
+        memory=None if model.memory is None else {"num_tokens": model.memory.num_tokens},
+        training_tokens=config.data.segment_tokens,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        dtype=torch.float32,
+    )
+    exported.architectures = [LongspanForCausalLM.__name__]
+    exported.auto_map = {
+        "AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.{LongspanConfig.__name__}",
+        "AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{LongspanForCausalLM.__name__}",
+    }
+    return exported
+
+
+def load_exported(folder: Path, device: str | torch.device = "cpu") -> LongspanForCausalLM:
+    """The model of an exported folder, in evaluation mode. Runs this package's code, not the folder's.
+
+    Raises:
+        UsageError: the folder is no export of Longspan.
+    """
+    if not is_exported(folder):
+        raise UsageError(f"{folder} is no exported model: its config.json does not say model_type longspan.")
+    with _quiet():
+        model: Any = LongspanForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval()
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds an exported model of this kind."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == LongspanConfig.model_type
+
+
+def verify_export(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Load an export strictly with its own Python files and compare every number with the source.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, of another shape or of other numbers.
+    """
+    with _own_code(folder) as model_class, _quiet():
+        model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    problems = [f"{kind}: {sorted(map(str, names))[:10]}" for kind, names in info.items() if names]
+    loaded = dict(model.named_parameters())
+    problems += [f"not filled: {name}" for name in loaded.keys() - tensors.keys()]
+    problems += [f"not used: {name}" for name in tensors.keys() - loaded.keys()]
+    problems += [
+        f"other numbers: {name}"
+        for name in loaded.keys() & tensors.keys()
+        if tensor_sha256(loaded[name].detach()) != tensor_sha256(tensors[name])
+    ]
+    if problems:
+        raise CheckpointError(
+            "the export does not load back to the checkpoint's weights, so it was not published:\n"
+            + "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
+        )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists. Choose another folder, or pass --overwrite to replace an earlier export.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise UsageError(
+            f"{out} is not an earlier export (it holds no {MANIFEST}), so --overwrite does not replace it. "
+            "Choose another folder."
+        )
+
+
+@contextlib.contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place at the end, or vanishes."""
+    out = out.absolute()
+    prefix = f".{out.name}.partial-"
+    folder = out.parent / f"{prefix}{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f"{prefix}*"):
+            if not _is_running(stale.name.removeprefix(prefix)):  # an export that was killed left it
+                shutil.rmtree(stale)
+        folder.mkdir()
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}. Choose another folder.") from error
+    try:
+        yield folder
+        _sync(folder)
+        replaced = folder.with_name(f"{prefix}replaced")
+        if out.exists():
+            out.rename(replaced)
+        folder.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether another process of this number runs on this machine."""
+    return process.isdigit() and int(process) != os.getpid() and Path("/proc", process).exists()
+
+
+def _sync(folder: Path) -> None:
+    """Force files and folder entries to the disk, so that a name never outlives its contents."""
+    for path in [*(file for file in folder.rglob("*")), folder, folder.parent]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_code_and_config(folder: Path, config: RunConfig) -> None:
+    for name, text in python_files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    hf_config(config).save_pretrained(folder)
+    GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder)
+    byte_tokenizer(BOS, EOS, PAD).save_pretrained(folder)
+
+
+def _write_manifest(folder: Path, provenance: Provenance, entries: list[dict[str, Any]]) -> None:
+    manifest = {
+        "format": "longspan-export",
+        "longspan_version": __version__,
+        "checkpoint": {
+            "name": provenance.checkpoint,
+            "step": provenance.step,
+            "fingerprint": provenance.fingerprint,
+        },
+        "num_parameters": provenance.num_parameters,
+        "tensors": entries,
+        "dropped": provenance.dropped,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _own_code(folder: Path) -> Iterator[Any]:
+    """The model class that the folder's own Python files define, under a package name of its own."""
+    package = f"longspan_export_{uuid.uuid4().hex[:8]}"
+    spec = machinery.ModuleSpec(package, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.modules[package] = util.module_from_spec(spec)
+    try:
+        yield import_module(f"{package}.{MODELING_FILE.removesuffix('.py')}").LongspanForCausalLM
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of the library: what matters is checked here."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
