@@ -21,9 +21,15 @@ from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
+# Idle OpenMP threads spin before they sleep. By default they spin so long that on a shared machine the one that is
+# descheduled is waited for at full load: training becomes 15 times slower (docs/decisions/007). Read when torch loads.
+OPENMP_SPIN_COUNT = "30000"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (design section 8)."""
+    """Run one command; returns the exit code (docs/architecture.md)."""
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
     try:
         result = importlib.import_module(f"longspan.trainer.commands.{args.module}").run(args)
     except LongspanError as error:
@@ -33,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(args, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
-    if args.json:
+    if args.json and os.environ.get("RANK", "0") == "0":  # one result, not one a rank
         print(json.dumps(result, allow_nan=False), flush=True)
     return EXIT_OK
 
