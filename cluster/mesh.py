@@ -1,0 +1,240 @@
+"""The process mesh: `world = dp x cp x tp` over Megatron-core's process groups, and what DeepSpeed asks of it.
+
+Megatron-core owns the groups (orders them tp, then cp, then dp); nothing else in Longspan imports it for them.
+The process environment is torchrun's (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`); without it
+this is a world of one that needs no port.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.cluster.config import ParallelConfig
+from longspan.errors import ClusterError, UsageError
+
+with warnings.catch_warnings():  # megatron-core says at import that Transformer Engine and Apex are missing
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+
+class DeepSpeedMPU:
+    """The nine methods that DeepSpeed asks a model-parallel unit for.
+
+    Its data-parallel group is dp x cp, because context-parallel ranks hold the same parameters. No `get_sequence_*`
+    method may exist here: DeepSpeed would then scale gradients by the sequence-parallel size once more.
+    """
+
+    @staticmethod
+    def get_model_parallel_group() -> Any:
+        """Ranks that hold one replica of the parameters together."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """This rank's place in the model-parallel group."""
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Size of the model-parallel group."""
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    @staticmethod
+    def get_tensor_model_parallel_group() -> Any:
+        """The same group: tensor parallelism is the only model parallelism."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_tensor_model_parallel_rank() -> int:
+        """This rank's place in the tensor-parallel group."""
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    @staticmethod
+    def get_tensor_model_parallel_world_size() -> int:
+        """Size of the tensor-parallel group."""
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    @staticmethod
+    def get_data_parallel_group() -> Any:
+        """Ranks over which gradients are averaged and ZeRO shards: dp x cp."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """This rank's place in dp x cp."""
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """dp x cp."""
+        return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands, and the groups it talks through.
+
+    Attributes:
+        rank, world_size: of all processes. local_rank, local_world_size: of those on this host.
+        device: where this rank computes.
+        dp_rank, dp_size: data parallel, that is which lanes this rank runs; cp_size, tp_size: the other axes.
+        dp_cp_group: ranks over which losses and gradients are summed.
+        control_group: all ranks, always over gloo, for small CPU messages.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    cp_size: int
+    tp_size: int
+    dp_cp_group: Any
+    control_group: Any
+
+    @classmethod
+    def build(cls, parallel: ParallelConfig, device: str | None = None) -> Mesh:
+        """Join the process group and lay the mesh over it; once a process, until `close`.
+
+        Args:
+            parallel: sizes of the axes and the longest wait for a collective.
+            device: "cpu" or "cuda"; CUDA where there is a GPU if not given.
+
+        Raises:
+            UsageError: the number of processes is not a multiple of tp * cp, or the port is taken.
+            ClusterError: the other processes cannot be reached.
+        """
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        replica = parallel.tp * parallel.cp
+        if world_size % replica:
+            raise UsageError(
+                f"{world_size} processes do not factor into parallel.tp = {parallel.tp} x parallel.cp = {parallel.cp} "
+                f"x data parallel. Start a multiple of {replica} processes, or change tp or cp."
+            )
+        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
+        if kind == "cuda":
+            torch.cuda.set_device(local_rank)
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        _join("nccl" if kind == "cuda" else "gloo", timeout)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            context_parallel_size=parallel.cp,
+            order="tp-cp-ep-dp-pp",
+            distributed_timeout_minutes=parallel.timeout_seconds / 60,
+            create_gloo_process_groups=False,
+        )
+        return cls(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            device=torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"),
+            dp_rank=int(parallel_state.get_data_parallel_rank()),
+            dp_size=world_size // replica,
+            cp_size=parallel.cp,
+            tp_size=parallel.tp,
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            control_group=dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD,
+        )
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Ranks over which losses and gradients are summed."""
+        return self.dp_size * self.cp_size
+
+    def deepspeed_mpu(self) -> type[DeepSpeedMPU]:
+        """What `deepspeed.initialize(mpu=...)` takes."""
+        return DeepSpeedMPU
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; every rank must call this."""
+        if self.world_size == 1:
+            return flag
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control_group)
+        return bool(vote.item())
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum `values` in place over dp x cp; every rank must call this."""
+        if self.dp_cp_size > 1:
+            dist.all_reduce(values, group=self.dp_cp_group)
+        return values
+
+    def on_rank_zero(self, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0 alone while the others wait.
+
+        Raises:
+            LongspanError: what `work` raised, on rank 0; on the others one with the same exit code.
+        """
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        code = getattr(error, "exit_code", 1) if error is not None else 0
+        if self.world_size > 1:
+            vote = torch.tensor([code])
+            dist.broadcast(vote, src=0, group=self.control_group)
+            code = int(vote.item())
+        if error is not None:
+            raise error
+        if code:
+            ended = ClusterError("rank 0 ended the run; its own message says why.")
+            ended.exit_code = code
+            raise ended
+
+    def close(self) -> None:
+        """Leave the process group, so that another mesh can be built in this process."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Initialise torch's default process group from torchrun's environment, or alone."""
+    if dist.is_initialized():
+        raise ClusterError("a process group exists already in this process; close the other mesh first.")
+    alone = "RANK" not in os.environ and "MASTER_PORT" not in os.environ
+    if alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = os.environ.get("MASTER_PORT")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if port is None:
+        raise UsageError(
+            f"RANK = {rank} is set, but MASTER_PORT is not. Start with torchrun, which sets both, or unset RANK."
+        )
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise UsageError(
+                f"port {port} on {address} is in use, so the processes cannot meet there. "
+                f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {_free_port()}."
+            ) from error
+        raise ClusterError(
+            f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {text.splitlines()[0]} "
+            f"Check that all of them were started and that the address is reachable from this host."
+        ) from error
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Perplexity versus context length of a checkpoint: protocol ppl-vs-length v1."""

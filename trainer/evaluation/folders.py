@@ -1,0 +1,69 @@
+"""Where results lie and what their files mean. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longspan.data_pipeline.manifest import Manifest
+from longspan.errors import UsageError
+from longspan.trainer import recipes
+from longspan.trainer.checkpoint.files import check_file
+from longspan.trainer.checkpoint.manifest import COMMITTED, read_manifest
+from longspan.trainer.checkpoint.verify import CHECKPOINTS, fingerprint
+from longspan.trainer.config import RunConfig
+from longspan.trainer.evaluation.spec import EvaluationSpec, evaluation_key
+
+CONFIG = "config.yaml"
+EVALS = "evals"
+RESULT = "result.json"
+CURVE = "curve.png"
+SUCCESS = "_SUCCESS"
+LOGGED = "_LOGGED"
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint folder lies in; the folder itself for a copy elsewhere."""
+    checkpoint = checkpoint.absolute()
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
+
+
+def evals_folder(checkpoint: Path) -> Path:
+    """RUN/evals of a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint does not lie in a run directory, so nobody said where results go.
+    """
+    run = run_of(checkpoint)
+    if run == checkpoint.absolute():
+        raise UsageError(f"{checkpoint} lies in no run directory (RUN/{CHECKPOINTS}/...): name a folder with --out.")
+    return run / EVALS
+
+
+def commit_time(checkpoint: Path) -> float:
+    """When the checkpoint was published, unix seconds."""
+    return (checkpoint / COMMITTED).stat().st_mtime
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """A finished result; None if there is none."""
+    if not (folder / SUCCESS).is_file():
+        return None
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return result
+
+
+def key_of(checkpoint: Path, spec: EvaluationSpec) -> str:
+    """The key that `evaluate` will use, without reading weights.
+
+    Raises:
+        CheckpointError: the checkpoint's manifest or configuration does not verify.
+        ConfigError: this version cannot read its configuration.
+        UsageError, DataError: its shards cannot be read.
+    """
+    mark = fingerprint(checkpoint)
+    manifest = read_manifest(checkpoint)[0]
+    check_file(checkpoint, CONFIG, manifest.files[CONFIG], manifest.chunk_bytes)
+    config = recipes.load(RunConfig, checkpoint / CONFIG)
+    return evaluation_key(mark, spec, Manifest.load(spec.shards or config.data.shards).digest)

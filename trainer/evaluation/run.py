@@ -1,0 +1,197 @@
+"""Evaluate one checkpoint: verified weights, held-out documents, scores, RUN/evals/KEY, once per key."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.data_pipeline.documents import DocumentReader
+from longspan.data_pipeline.manifest import Manifest
+from longspan.data_pipeline.vocabulary import ByteVocabulary
+from longspan.errors import UsageError
+from longspan.trainer.checkpoint.load import LoadedModel, load_model
+from longspan.trainer.evaluation import targets
+from longspan.trainer.evaluation.folders import CURVE, RESULT, SUCCESS, commit_time, evals_folder, read_result, run_of
+from longspan.trainer.evaluation.plot import curve_png
+from longspan.trainer.evaluation.result import summarise
+from longspan.trainer.evaluation.scorer import Scorer
+from longspan.trainer.evaluation.spec import PROTOCOL, EvaluationSpec, evaluation_key
+from longspan.trainer.evaluation.windows import Plan, Score, ScoredDocument
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate(
+    checkpoint: Path,
+    spec: EvaluationSpec,
+    out: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint, or read the result that its key already has.
+
+    Args:
+        checkpoint: checkpoint folder.
+        spec: what to measure.
+        out: folder of results; RUN/evals if None. The result is in `out`/KEY.
+        device: where the model runs.
+        progress: called with the fraction that is done.
+
+    Returns:
+        result.json with two entries more: `folder`, and `reused` (whether it was there before).
+
+    Raises:
+        CheckpointError: the checkpoint does not verify.
+        DataError: a document or the manifest does not hold what it should.
+        UsageError: no shards, documents too short for the spec, or no place for the result.
+    """
+    started = time.monotonic()
+    loaded = load_model(checkpoint, device)
+    manifest = Manifest.load(spec.shards or loaded.config.data.shards)
+    key = evaluation_key(loaded.fingerprint, spec, manifest.digest)
+    folder = (out or evals_folder(loaded.path)) / key
+    known = read_result(folder)
+    if known is not None:
+        return {**known, "folder": str(folder), "reused": True}
+    result = {"key": key, **_measure(loaded, spec, manifest, device, progress)}
+    result["seconds"] = round(time.monotonic() - started, 3)
+    _publish(folder, result)
+    return {**result, "folder": str(folder), "reused": False}
+
+
+def _measure(
+    loaded: LoadedModel,
+    spec: EvaluationSpec,
+    manifest: Manifest,
+    device: torch.device | str,
+    progress: Callable[[float], None] | None,
+) -> dict[str, Any]:
+    """Choose targets, score them in every mode, sum up: result.json without `key` and `seconds`."""
+    window = loaded.config.model.window_tokens
+    if window > spec.longest_tokens:
+        raise UsageError(
+            f"context_tokens ends at {spec.longest_tokens}, below the model's window of {window} tokens, which "
+            f"carried, swapped and the memory gain need before each target. Put {window} into context_tokens."
+        )
+    selection = targets.select(manifest.split(spec.split), spec)
+    documents = _read_documents(manifest, selection)
+    plan = Plan(
+        modes=spec.modes,
+        context_tokens=spec.context_tokens,
+        reset_tokens=spec.reset_lengths,
+        window_tokens=window,
+        stride_tokens=spec.stride_tokens,
+        batch_tokens=spec.batch_tokens,
+    )
+    scores = Scorer(loaded.model, documents, plan, device, progress).run()
+    return {
+        "protocol": PROTOCOL,
+        "spec": spec.canonical(),
+        "spec_digest": spec.digest,
+        "checkpoint": _describe_checkpoint(loaded),
+        "model": {
+            "name": loaded.config.model.name,
+            "window_tokens": window,
+            "quantum": loaded.model.quantum,
+            "segment_tokens": loaded.config.data.segment_tokens,
+        },
+        "data": _describe_data(manifest, selection, documents, spec),
+        **summarise(scores, spec, window),
+        "scores": [_describe_score(score, documents) for score in scores],
+        "environment": _environment(device),
+    }
+
+
+def _describe_score(score: Score, documents: list[ScoredDocument]) -> dict[str, Any]:
+    return {
+        "document": documents[score.document].name,
+        "span": score.span,
+        "mode": score.mode,
+        "context_tokens": score.context_tokens,
+        "nats": score.nats,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
+
+
+def _read_documents(manifest: Manifest, selection: targets.Selection) -> list[ScoredDocument]:
+    """Bos and the scored head of each document; the whole document is verified by its hash."""
+    reader = DocumentReader(manifest)
+    documents = []
+    for entry, spans in zip(selection.entries, selection.spans, strict=True):
+        end = entry.num_tokens if selection.head_bytes is None else min(entry.num_tokens, selection.head_bytes + 1)
+        tokens = reader.token_range(entry, 0, end)
+        token_bytes = ByteVocabulary.target_bytes(tokens)
+        documents.append(ScoredDocument(entry.id, tokens, token_bytes, targets.token_ranges(token_bytes, spans)))
+    reader.close()
+    return documents
+
+
+def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "path": str(loaded.path),
+        "run": run_of(loaded.path).name,
+        "name": loaded.config.name,
+        "step": loaded.step,
+        "fingerprint": loaded.fingerprint,
+        "committed": commit_time(loaded.path),
+    }
+
+
+def _describe_data(
+    manifest: Manifest, selection: targets.Selection, documents: list[ScoredDocument], spec: EvaluationSpec
+) -> dict[str, Any]:
+    return {
+        "shards": str(manifest.folder),
+        "digest": manifest.digest,
+        "split": spec.split,
+        "documents": [
+            {"id": entry.id, "source": entry.source, "num_bytes": entry.num_bytes, "spans": [list(s) for s in spans]}
+            for entry, spans in zip(selection.entries, selection.spans, strict=True)
+        ],
+        "excluded": [{"id": entry.id, "num_bytes": entry.num_bytes} for entry in selection.excluded],
+        "needed_bytes": selection.needed_bytes,
+        "mask_digest": targets.mask_digest([d.name for d in documents], [list(d.spans) for d in documents]),
+    }
+
+
+def _environment(device: torch.device | str) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _publish(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result under a temporary name and rename it, so that a folder with `_SUCCESS` is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        (temporary / RESULT).write_text(json.dumps(result, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        curve_png(result, temporary / CURVE)
+        (temporary / SUCCESS).touch()
+        for name in (RESULT, CURVE, SUCCESS):
+            with (temporary / name).open("rb") as file:
+                os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    except OSError:
+        if read_result(folder) is None:  # else another evaluation of the same key was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
