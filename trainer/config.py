@@ -26,6 +26,9 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adafactor"] = Field("adamw", description="update rule")
     lr_peak: float = Field(3e-4, gt=0, description="highest learning rate (adafactor: relative to the parameter's RMS)")
+    gain_lr_multiplier: float = Field(
+        1.0, gt=0, description="learning rate of attention scales, position tables and gate biases over the others'"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of first and second moment")
     eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of norms, scales and gates")

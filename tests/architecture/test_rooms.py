@@ -43,7 +43,7 @@ TORCH_FREE = (
 MAX_LINES = {"kernels": 600, "tests": 800}
 MAX_FUNCTION_LINES = 80
 UNSAFE_CALLS = re.compile(
-    r"\b(pickle\.loads?|torch\.load|\.extractall|shell=True|yaml\.load\(|yaml\.unsafe_load|os\.system)\b"
+    r"\b(pickle\.loads?|(?<!safetensors\.)torch\.load|\.extractall|shell=True|yaml\.load\(|yaml\.unsafe_load|os\.system)\b"
 )
 
 

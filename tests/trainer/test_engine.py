@@ -1,0 +1,176 @@
+"""The engine against plain PyTorch on one rank: loss rule, clipping, skipped steps, logical state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from trainer_toy import ToyModel, ToyRun, toy_batch, toy_config
+
+from longspan.cluster.mesh import Mesh
+from longspan.errors import UsageError
+from longspan.trainer.optimizers import build_optimizer
+
+STAGES = (0, 1, 2, 3)
+
+
+def plain_losses(steps: range, clip_norm: float = 1.0) -> list[tuple[float, float, float, float]]:
+    """The same training without the engine: one process, the whole global batch, mean over valid tokens."""
+    torch.manual_seed(0)
+    model = ToyModel()
+    config = toy_config()
+    optimizer = build_optimizer(model, config.optimizer)
+    state = {"h": model.init_state(4)["h"].detach()}
+    found = []
+    for step in steps:
+        batch = toy_batch(step)
+        nll, state, aux = model(batch.tokens, state, reset=batch.reset, labels=batch.labels)
+        state = {"h": state["h"].detach()}
+        ((nll.sum() + aux["size"]) / batch.num_valid).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 / (1 + step)
+        optimizer.step()
+        optimizer.zero_grad()
+        bits = (nll * (batch.target_bytes > 0)).sum() / batch.num_bytes / math.log(2)
+        found.append((nll.sum() / batch.num_valid, bits, aux["size"] / batch.num_valid, norm))
+    return [tuple(float(torch.as_tensor(value).detach()) for value in row) for row in found]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[tuple[float, float, float, float]]:
+    return plain_losses(range(5))
+
+
+def test_clipping_matters_here(reference: list[tuple[float, ...]]) -> None:
+    assert any(row[3] > 1.0 for row in reference)
+    assert not np.allclose(reference, plain_losses(range(5), clip_norm=0.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_one_rank_equals_plain_pytorch(mesh: Mesh, reference: list[Any], stage: int, num_micro: int) -> None:
+    run = ToyRun(mesh, num_micro, parallel__zero_stage=stage)
+    np.testing.assert_allclose(run.losses(range(5)), reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_two_ranks_with_different_data_equal_plain_pytorch(
+    two_ranks: dict[str, Any], reference: list[Any], stage: int, num_micro: int
+) -> None:
+    for rank in two_ranks["ranks"]:
+        np.testing.assert_allclose(rank["losses"][stage, num_micro], reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [("resumed", 0), ("resumed", 1), ("resumed", 2), ("resumed", 3), "bf16", "adafactor"])
+def test_state_by_name_gives_the_next_losses_to_the_last_bit(two_ranks: dict[str, Any], which: Any) -> None:
+    for rank in two_ranks["ranks"]:
+        found = rank["resumed"][which[1]] if isinstance(which, tuple) else rank[f"resumed_{which}"]
+        assert found["exact"]
+        assert found["names"], "some parameter has no optimizer state"
+        assert found["fresh"] == found["straight"]
+
+
+def test_state_of_two_ranks_at_stage_3_goes_on_with_one_rank_at_stage_0(mesh: Mesh, two_ranks: dict[str, Any]) -> None:
+    saved = two_ranks["ranks"][0]["logical"]
+    run = ToyRun(mesh)
+    run.engine.load(
+        {name: torch.from_numpy(value) for name, value in saved["weights"].items()},
+        {name: {k: torch.from_numpy(v) for k, v in entry.items()} for name, entry in saved["state"].items()},
+    )
+    carried = np.concatenate([rank["logical"]["carried"] for rank in two_ranks["ranks"]])
+    run.carried = [{"h": torch.from_numpy(carried)}]
+    np.testing.assert_allclose(run.losses(range(3, 6)), saved["next"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nan_on_one_rank_skips_the_step_on_all(two_ranks: dict[str, Any], stage: int, kind: str) -> None:
+    ranks = [rank["skips"][stage, kind] for rank in two_ranks["ranks"]]
+    for found in ranks:
+        assert found["skipped"]
+        assert found["untouched"], "weights or optimizer state moved"
+        assert found["rolled_back"], "carried state moved"
+        assert np.isfinite(found["after"]).all()
+    assert ranks[0]["after"] == ranks[1]["after"]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert two_ranks["ranks"][0]["skips"][0, "loss"]["after"] == two_ranks["ranks"][0]["skips"][0, "gradient"]["after"]
+
+
+def test_without_the_agreement_the_ranks_would_part(two_ranks: dict[str, Any]) -> None:
+    """The planted mistake that the test above must notice."""
+    first, second = (rank["without_agreement"] for rank in two_ranks["ranks"])
+    assert not first["skipped"]
+    assert second["skipped"]
+    assert not first["untouched"]
+
+
+def test_other_ranks_end_with_rank_zeros_exit_code(two_ranks: dict[str, Any]) -> None:
+    assert [rank["exit_code"] for rank in two_ranks["ranks"]] == [2, 2]
+
+
+def test_an_infinite_gradient_skips_too(mesh: Mesh) -> None:
+    run = ToyRun(mesh)
+    run.losses(range(2))
+    before = run.fingerprint()
+    run.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    result = run.step(2)
+    assert result.skipped
+    assert math.isfinite(result.loss)
+    assert run.fingerprint() == before
+
+
+def test_a_step_without_any_label_changes_nothing_but_what_decays(mesh: Mesh) -> None:
+    run = ToyRun(mesh, optimizer__weight_decay=0.0)
+    batch = toy_batch(0)
+    empty = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100), num_valid=0, num_bytes=0)
+    run.model.forward = lambda *args, **kwargs: (  # no auxiliary loss either
+        lambda found: (found[0], found[1], {})
+    )(ToyModel.forward(run.model, *args, **kwargs))
+    before = {name: value.clone() for name, value in run.engine.weights().items()}
+    result, _ = run.engine.step([empty], run.carried, lr=0.1)
+    assert not result.skipped
+    assert result.num_tokens == 0
+    assert all(torch.equal(before[name], value) for name, value in run.engine.weights().items())
+
+
+def test_load_lists_every_parameter_that_does_not_fit(mesh: Mesh) -> None:
+    run = ToyRun(mesh)
+    weights = run.engine.weights()
+    del weights["norm.bias"]
+    weights["embedding"] = weights["embedding"][:5]
+    weights["extra"] = torch.zeros(1)
+    with pytest.raises(UsageError, match="3 parameters") as caught:
+        run.engine.load(weights)
+    for line in (
+        "norm.bias: not given",
+        "extra: not in this model",
+        "embedding: shape [5, 13], this model has [37, 13]",
+    ):
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_group_with_a_multiplier_learns_faster(mesh: Mesh, stage: int) -> None:
+    """The first AdamW update moves every element by the learning rate."""
+    run = ToyRun(mesh, parallel__zero_stage=stage, optimizer__weight_decay=0.0)
+    run.engine.optimizer.param_groups[0]["lr_multiplier"] = 10.0
+    before = run.engine.weights()
+    run.step(0)
+    after = run.engine.weights()
+    moved = {name: float((after[name] - value).abs().max()) for name, value in before.items()}
+    assert moved["layers.0.weight"] == pytest.approx(0.5, rel=1e-3)  # the only one in group 0, `decay`
+    assert moved["embedding"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_weights_are_copies(mesh: Mesh) -> None:
+    run = ToyRun(mesh)
+    weights = run.engine.weights()
+    run.step(0)
+    assert not torch.equal(weights["embedding"], run.engine.weights()["embedding"])

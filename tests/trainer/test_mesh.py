@@ -1,0 +1,77 @@
+"""The process mesh: what DeepSpeed sees of it, and starting it right and wrong."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from longspan.cluster.config import ParallelConfig
+from longspan.cluster.mesh import DeepSpeedMPU, Mesh
+from longspan.errors import ClusterError, UsageError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_adapter_has_nine_methods_and_no_sequence_ones() -> None:
+    names = {name for name in dir(DeepSpeedMPU) if name.startswith("get_")}
+    axes = ("model_parallel", "tensor_model_parallel", "data_parallel")
+    assert names == {f"get_{axis}_{what}" for axis in axes for what in ("group", "rank", "world_size")}
+    with pytest.raises(AttributeError):
+        DeepSpeedMPU.get_sequence_parallel_world_size  # noqa: B018
+
+
+def test_alone_needs_no_environment_and_can_be_built_again() -> None:
+    for _ in range(2):
+        mesh = Mesh.build(ParallelConfig(), device="cpu")
+        assert (mesh.rank, mesh.world_size, mesh.dp_size, mesh.dp_cp_size) == (0, 1, 1, 1)
+        assert DeepSpeedMPU.get_data_parallel_world_size() == 1
+        assert not mesh.any_rank(False)
+        assert mesh.any_rank(True)
+        mesh.close()
+        assert not dist.is_initialized()
+
+
+def test_a_second_mesh_is_refused() -> None:
+    mesh = Mesh.build(ParallelConfig(), device="cpu")
+    try:
+        with pytest.raises(ClusterError, match="close the other mesh"):
+            Mesh.build(ParallelConfig(), device="cpu")
+    finally:
+        mesh.close()
+
+
+@pytest.mark.parametrize("with_rank", [True, False])
+def test_port_in_use_is_a_usage_error_that_names_it(monkeypatch: pytest.MonkeyPatch, with_rank: bool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        if with_rank:
+            monkeypatch.setenv("RANK", "0")
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(UsageError, match=rf"port {port} on 127\.0\.0\.1 is in use.*MASTER_PORT") as caught:
+            Mesh.build(ParallelConfig(timeout_seconds=10), device="cpu")
+    assert caught.value.exit_code == 2
+
+
+def test_rank_without_port_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="MASTER_PORT is not"):
+        Mesh.build(ParallelConfig(), device="cpu")
+
+
+def test_processes_that_do_not_factor_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"3 processes.*tp = 2 x parallel\.cp = 1.*multiple of 2"):
+        Mesh.build(ParallelConfig(tp=2), device="cpu")
+    assert not dist.is_initialized()

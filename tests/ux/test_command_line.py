@@ -1,0 +1,83 @@
+"""The command line that pipelines rely on: its surface, its speed, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longspan.trainer import cli
+
+SURFACE = {
+    "data build": {"config", "--out", "--set", "--json"},
+    "data verify": {"folder", "--json"},
+    "train": {"config", "--run-dir", "--resume", "--init-from", "--set", "--json"},
+    "evaluate": {"checkpoint", "--spec", "--out", "--set", "--json"},
+    "evals reconcile": {"runs", "--spec", "--once", "--set", "--json"},
+    "export": {"checkpoint", "out", "--overwrite", "--json"},
+    "generate": {"model", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--json"},
+    "report": {"run", "--json"},
+    "checkpoint verify": {"checkpoint", "--json"},
+    "doctor": {"--json"},
+}
+
+
+def commands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, argparse.ArgumentParser]:
+    """All leaf commands by name."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        return {prefix.strip(): parser}
+    found = {}
+    for name, sub in groups[0].choices.items():
+        found |= commands(sub, f"{prefix} {name}")
+    return found
+
+
+def test_surface_is_frozen() -> None:
+    surface = {
+        name: {action.option_strings[-1] if action.option_strings else action.dest for action in parser._actions}
+        - {"--help"}
+        for name, parser in commands(cli.build_parser()).items()
+    }
+    assert surface == SURFACE
+
+
+def test_help_answers_at_once() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "longspan.trainer.cli", "--help"], capture_output=True, text=True)
+    assert time.monotonic() - started < 1.5
+    assert done.returncode == 0
+    assert "perplexity versus context length" in done.stdout
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_command_modules_exist() -> None:
+    import importlib
+
+    for parser in commands(cli.build_parser()).values():
+        module = importlib.import_module(f"longspan.trainer.commands.{parser.get_default('module')}")
+        assert callable(module.run)
+
+
+def test_usage_error_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "configs/no_such.yaml", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert "no recipe at configs/no_such.yaml" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["exit_code"] == 2
+
+
+def test_argument_errors_end_with_2() -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 2

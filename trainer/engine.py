@@ -1,0 +1,258 @@
+"""The training engine: one optimizer step over carried-state micro-batches, on DeepSpeed.
+
+DeepSpeed owns what happens to gradients and optimizer state (ZeRO 0 to 3, bf16 masters). This file owns the rule of
+the loss, the agreement of all ranks on whether a step is taken, and the logical view of weights and state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.cluster.mesh import Mesh
+from longspan.data_pipeline.batch import Batch
+from longspan.modeling import state as states
+from longspan.modeling.model import LanguageModel
+from longspan.trainer.config import RunConfig
+from longspan.trainer.logical_state import OptimizerState, Weights, logical_state
+from longspan.trainer.optimizers import build_optimizer
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=r".torch\.distributed\.\w+. is deprecated", category=FutureWarning)
+import deepspeed  # noqa: E402  the lines above keep its start quiet
+
+_MAX_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, equal on all ranks.
+
+    Attributes:
+        skipped: some rank met a loss or gradient that is not finite; nothing was changed on any rank.
+        stop: some rank asked to stop.
+        loss: nats per token over all valid tokens, auxiliary losses left out; may be NaN when skipped.
+        aux_loss: auxiliary losses per token.
+        bits_per_byte: over tokens that stand for bytes.
+        grad_norm: global norm before clipping.
+        num_tokens: valid tokens of all ranks.
+    """
+
+    skipped: bool
+    stop: bool
+    loss: float
+    aux_loss: float
+    bits_per_byte: float
+    grad_norm: float
+    num_tokens: int
+
+
+class _SummedLoss(nn.Module):
+    """The model with its loss: the only output that carries a gradient is the scaled sum."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, state: Any, scale: float | Tensor) -> tuple[Tensor, Any, Tensor]:
+        """Returns (scaled loss, new state cut from the graph, float32 [3]: nats, nats of byte tokens, auxiliary)."""
+        nll, new_state, aux = self.model(batch.tokens, state, reset=batch.reset, labels=batch.labels)
+        nats = nll.sum()
+        extra = sum(aux.values(), nats.new_zeros(()))
+        with torch.no_grad():
+            sums = torch.stack([nats, (nll * (batch.target_bytes > 0)).sum(), extra])
+        return (nats + extra) * scale, states.detach(new_state), sums
+
+
+class Engine:
+    """Steps a model through DeepSpeed; every method must be called by all ranks alike."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
+        """Args: model: on any device, moved to the mesh's; config: optimizer, precision, ZeRO stage, lanes."""
+        self.model = model
+        self.mesh = mesh
+        self.stage = config.parallel.zero_stage
+        self.clip_norm = config.optimizer.clip_norm
+        self.num_micro_batches = config.data.lanes // (mesh.dp_size * config.training.micro_batch_lanes)
+        model.to(mesh.device)
+        self.optimizer = build_optimizer(model, config.optimizer)
+        # its shared-memory collectives would be compiled at the first start; gloo serves
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if self.stage == 3:
+            _gather_by_layer(model)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=_SummedLoss(model),
+            optimizer=self.optimizer,
+            mpu=mesh.deepspeed_mpu(),
+            dist_init_required=False,
+            config=self._deepspeed_config(config),
+        )
+        # one rank has nobody to average with: leave out flattening and copying all gradients
+        self._deepspeed.enable_backward_allreduce = self.stage > 0 or mesh.dp_cp_size > 1
+        self._logical = logical_state(self.stage, model, self.optimizer, self._deepspeed.optimizer)
+
+    def step(
+        self, batches: Sequence[Batch], carried: Sequence[Any], lr: float, stop: bool = False
+    ) -> tuple[StepResult, list[Any]]:
+        """Forward and backward of every micro-batch, then one update that all ranks take or none does.
+
+        The loss of a rank is sum(token losses) * (dp * cp) * g / N with N the valid tokens of all ranks and
+        micro-batches, because DeepSpeed averages over dp x cp and divides by g.
+
+        Args:
+            batches: this rank's micro-batches, different lanes at the same time; on the mesh's device.
+            carried: the state of each micro-batch's lanes.
+            lr: learning rate of this update.
+            stop: this rank wants to stop after the step; answered for all ranks in the result.
+
+        Returns:
+            The result, and the new states; the given ones when the step is skipped.
+        """
+        num_tokens = self._count_over_data(sum(batch.num_valid for batch in batches))
+        scale = self.mesh.dp_cp_size * len(batches) / max(num_tokens, 1)
+        sums = torch.zeros(3, device=self.mesh.device)
+        new_states = []
+        for index, (batch, state) in enumerate(zip(batches, carried, strict=True)):
+            self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            loss, new_state, parts = self._deepspeed(batch, state, scale)
+            self._deepspeed.backward(loss)
+            sums += parts
+            new_states.append(new_state)
+        num_bytes = sum(batch.num_bytes for batch in batches)
+        nats, byte_nats, aux, total_bytes, square_norm, bad, stop_votes = self._agree(sums, num_bytes, stop)
+        skipped = bad > 0
+        grad_norm = math.sqrt(square_norm) if square_norm >= 0 else math.nan
+        if skipped:
+            self._drop_gradients()
+        else:
+            self._update(lr, grad_norm)
+        result = StepResult(
+            skipped=skipped,
+            stop=stop_votes > 0,
+            loss=nats / max(num_tokens, 1),
+            aux_loss=aux / max(num_tokens, 1),
+            bits_per_byte=byte_nats / max(total_bytes, 1) / math.log(2),
+            grad_norm=grad_norm,
+            num_tokens=num_tokens,
+        )
+        return result, list(carried) if skipped else new_states
+
+    def weights(self) -> Weights:
+        """Every parameter by full name: whole, float32, a copy on the CPU."""
+        return self._logical.weights()
+
+    def optimizer_state(self) -> OptimizerState:
+        """Every parameter's optimizer state by full name: whole, float32, a copy on the CPU."""
+        return self._logical.optimizer_state()
+
+    def load(self, weights: Weights, optimizer_state: OptimizerState | None = None) -> None:
+        """Set weights and, if given, optimizer state, as `weights` and `optimizer_state` returned them at any stage.
+
+        Raises:
+            UsageError: names or shapes are not this model's; lists all of them.
+        """
+        self._logical.load(weights, optimizer_state)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[LanguageModel]:
+        """The bare model in evaluation mode, without gradients and with its parameters whole."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._whole_parameters() if self.stage == 3 else contextlib.nullcontext():
+                yield self.model
+        finally:
+            self.model.train()
+
+    @contextlib.contextmanager
+    def _whole_parameters(self) -> Iterator[None]:
+        """At stage 3: every parameter gathered, and the hooks gone that would release it after its first use."""
+        offload = self._deepspeed.optimizer.parameter_offload
+        offload._remove_module_hooks()
+        offload.forward_hooks.clear()
+        offload.backward_hooks.clear()
+        offload.partition_all_parameters()
+        try:
+            with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+                yield
+        finally:
+            offload.setup_zero_stage3_hooks()
+
+    def _agree(self, sums: Tensor, num_bytes: int, stop: bool) -> list[float]:
+        """One sum over the ranks and one wait for the device: loss sums, square gradient norm, votes."""
+        gradients = self._gradients()
+        square = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
+        if self.stage == 0:
+            square = square / self.mesh.dp_cp_size  # every rank holds the whole gradient
+        local = torch.cat([sums.double(), sums.new_tensor([num_bytes], dtype=torch.float64), square.reshape(1)])
+        bad = (~torch.isfinite(local)).any().double().reshape(1)
+        votes = torch.cat([local, bad, sums.new_tensor([float(stop)], dtype=torch.float64)])
+        return self.mesh.sum_over_data(votes).tolist()
+
+    def _count_over_data(self, count: int) -> int:
+        if self.mesh.dp_cp_size == 1:
+            return count
+        return int(self.mesh.sum_over_data(torch.tensor([count], device=self.mesh.device)).item())
+
+    def _gradients(self) -> list[Tensor]:
+        """What this rank holds of the averaged gradient; at stages 1 to 3 the ranks hold disjoint shares."""
+        if self.stage == 0:
+            return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [part for group in self._deepspeed.optimizer.averaged_gradients.values() for part in group]
+
+    def _update(self, lr: float, grad_norm: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_multiplier", 1.0)
+        if self.stage == 0 and 0 < self.clip_norm < grad_norm:
+            torch._foreach_mul_(self._gradients(), self.clip_norm / (grad_norm + 1e-6))
+        self._deepspeed.step()
+
+    def _drop_gradients(self) -> None:
+        """Forget this step's gradients, on all ranks at once."""
+        if self.stage == 0:
+            self._deepspeed.zero_grad()
+            return
+        # DeepSpeed alone knows all that must be cleared: make its own overflow check refuse the step
+        gradients = self._gradients()
+        torch._foreach_mul_(gradients, math.nan)
+        self._deepspeed.step()
+        # stage 3 reuses these buffers and would keep the NaN in their padding
+        torch._foreach_zero_(gradients)
+
+    def _deepspeed_config(self, config: RunConfig) -> dict[str, Any]:
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "train_micro_batch_size_per_gpu": config.training.micro_batch_lanes,
+            "gradient_accumulation_steps": self.num_micro_batches,
+            # at stage 0 `_update` clips with the norm that `_agree` has computed already
+            "gradient_clipping": self.clip_norm if self.stage else 0.0,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": min(num_parameters, _MAX_BUCKET),
+                "memory_efficient_linear": False,  # would replace torch's linear for the whole process
+            },
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": config.training.precision == "bf16"},
+            "timers": {"throughput": {"enabled": False}},
+            "steps_per_print": None,
+        }
+
+
+def _gather_by_layer(model: nn.Module) -> None:
+    """At stage 3 a layer (an element of a module list) needs all parameters below it while it runs: mixers reach
+    into their modules' parameters, which DeepSpeed gathers for the calls of those modules alone."""
+    for part in model.modules():
+        for layer in part if isinstance(part, nn.ModuleList) else ():
+            own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+            for parameter in layer.parameters():
+                if id(parameter) not in own:
+                    deepspeed.zero.register_external_parameter(layer, parameter)

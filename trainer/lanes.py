@@ -1,0 +1,73 @@
+"""Carried state of this rank's lanes, one piece a micro-batch, from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.data_pipeline.batch import Batch
+from longspan.modeling import state as states
+from longspan.modeling.state import State
+from longspan.trainer.engine import Engine
+
+
+class Lanes:
+    """This rank's lanes in micro-batches of different lanes at the same time step.
+
+    Attributes:
+        start, stop: lanes of the global batch.
+        carried: the state of each micro-batch's lanes, cut from the graph.
+    """
+
+    def __init__(self, engine: Engine, num_lanes: int, micro_batch_lanes: int) -> None:
+        """Args: engine: model and mesh; num_lanes: of the global batch; micro_batch_lanes: of one micro-batch."""
+        per_rank = num_lanes // engine.mesh.dp_size
+        self.start = engine.mesh.dp_rank * per_rank
+        self.stop = self.start + per_rank
+        self._engine = engine
+        self._size = micro_batch_lanes
+        with engine.evaluating() as model:
+            fresh = [model.init_state(micro_batch_lanes, engine.mesh.device) for _ in range(engine.num_micro_batches)]
+        self.carried: list[State] = [states.detach(state) for state in fresh]
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """The rows of `batch` that each micro-batch runs, on the mesh's device."""
+        count = len(self.carried)
+        parts = [batch] if count == 1 else [batch.rows(i * self._size, (i + 1) * self._size) for i in range(count)]
+        return [part.to(self._engine.mesh.device) for part in parts]
+
+    def advance(self, new: Sequence[State]) -> None:
+        """Carry on with the states that a step returned."""
+        self.carried = list(new)
+
+    def roll_back(self, batches: Sequence[Batch]) -> None:
+        """After a skipped step: every lane keeps the state it had before.
+
+        Only a lane in which a document started goes to its initial state: what it carries belongs to a document that
+        the data have left behind, and must not reach the next one.
+        """
+        for index, batch in enumerate(batches):
+            started = batch.reset.any(dim=1)
+            if bool(started.any()):
+                with self._engine.evaluating() as model:
+                    self.carried[index] = states.detach(model.reset_rows(self.carried[index], started))
+
+    def packed(self) -> dict[str, Tensor]:
+        """All of this rank's lanes as one flat dictionary, name -> [lanes, ...]."""
+        pieces = [states.pack(state) for state in self.carried]
+        if len(pieces) == 1:
+            return pieces[0]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def restore(self, packed: dict[str, Tensor]) -> None:
+        """Put back what `packed` returned for these lanes, on any number of ranks and micro-batches."""
+        device = self._engine.mesh.device
+        self.carried = [
+            states.to(
+                states.unpack({name: tensor[i * self._size : (i + 1) * self._size] for name, tensor in packed.items()}),
+                device,
+            )
+            for i in range(len(self.carried))
+        ]

@@ -1,0 +1,278 @@
+"""A training run from its first step, or its newest checkpoint, to its last."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longspan.cluster.mesh import Mesh
+from longspan.data_pipeline.reader import LaneReader
+from longspan.errors import CheckpointError, DivergenceError, Stopped, UsageError
+from longspan.modeling.model import build_model
+from longspan.trainer.config import RunConfig
+from longspan.trainer.data_source import DataSource, open_data
+from longspan.trainer.device import process_age_seconds, set_threads
+from longspan.trainer.engine import Engine, StepResult
+from longspan.trainer.lanes import Lanes
+from longspan.trainer.recorder import Recorder
+from longspan.trainer.restore import load_initial_weights, seed_everything
+from longspan.trainer.run_directory import RunDirectory, check_usable
+from longspan.trainer.saving import Checkpoints
+from longspan.trainer.schedules import learning_rate
+from longspan.trainer.signals import StopRequest
+from longspan.trainer.validation import Validation
+
+
+def train(config: RunConfig, run_dir: Path, *, resume: bool = False, init_from: Path | None = None) -> dict[str, Any]:
+    """Train in this process group until the last step; call it on every rank, in the main thread.
+
+    Args:
+        config: everything that the run depends on.
+        run_dir: where config.yaml, log.jsonl and checkpoints go.
+        resume: go on from the newest checkpoint that verifies; from scratch if there is none.
+        init_from: checkpoint or run directory whose weights a fresh run starts with.
+
+    Returns:
+        The summary that `longspan train --json` prints; the same on all ranks but for times.
+
+    Raises:
+        UsageError: inputs that do not fit together; nothing was written then.
+        DivergenceError: too many skipped steps in a row.
+        Stopped: a signal came; everything is saved.
+        CheckpointError: no checkpoint verifies, or the last save failed.
+    """
+    with StopRequest() as stop:
+        check_usable(run_dir, resume=resume)
+        source = open_data(config)
+        mesh = Mesh.build(config.parallel)
+        directories: list[RunDirectory] = []
+        try:
+            _check_lanes(config, mesh)
+            mesh.on_rank_zero(lambda: directories.append(RunDirectory(run_dir)))
+            recorder = Recorder(config, run_dir, mesh, directories[0] if directories else None)
+            return Run(config, run_dir, mesh, source, stop, recorder).execute(resume, init_from)
+        finally:
+            for directory in directories:
+                directory.release()
+            mesh.close()
+
+
+def _check_lanes(config: RunConfig, mesh: Mesh) -> None:
+    lanes, micro = config.data.lanes, config.training.micro_batch_lanes
+    if lanes % (mesh.dp_size * micro):
+        raise UsageError(
+            f"data.lanes = {lanes} do not divide over {mesh.dp_size} data-parallel ranks in micro-batches of "
+            f"training.micro_batch_lanes = {micro}. Make lanes a multiple of {mesh.dp_size * micro}."
+        )
+
+
+class Run:
+    """One process's part of a run. `execute` is the whole life; all ranks go through it together."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, mesh: Mesh, source: DataSource, stop: StopRequest, recorder: Recorder
+    ) -> None:
+        """Args: as in `train`."""
+        self.config, self.run_dir, self.mesh, self.source = config, run_dir, mesh, source
+        self.stop, self.recorder, self.note = stop, recorder, recorder.progress.note
+        self.threads = set_threads(config.training.threads, mesh.local_world_size)
+        self.step = 0
+        self.saved_step: int | None = None
+        self.counters: dict[str, Any] = {
+            "tokens": 0,
+            "skips": 0,
+            "consecutive_skips": 0,
+            "checkpoint_failures": 0,
+            "threads": self.threads,
+        }
+        self.first_step_seconds: float | None = None
+        self.last: StepResult | None = None
+        self.validation_bits_per_byte: float | None = None
+        self.timed_tokens, self.timed_seconds = 0, 0.0
+
+    def execute(self, resume: bool, init_from: Path | None) -> dict[str, Any]:
+        """Build everything, train, save; returns the summary."""
+        started = time.monotonic()
+        with self.recorder.progress:
+            self._build()
+            resumed = self._start(resume, init_from)
+            self.recorder.open(self.step if resumed else None)
+            status = "FAILED"
+            try:
+                self._record_start(resumed)
+                self._train()
+                status = "FINISHED"
+            except Stopped:
+                status = "KILLED"
+                raise
+            finally:
+                self.recorder.close(self.step, status)
+        return self._summary(time.monotonic() - started)
+
+    def _build(self) -> None:
+        config, mesh = self.config, self.mesh
+        seed_everything(config.seed)
+        self.engine = Engine(build_model(config.model), config, mesh)
+        self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
+        self.reader = LaneReader(self.source.plan, self.source.documents, self.lanes.start, self.lanes.stop)
+        self.checkpoints = Checkpoints(
+            config, self.run_dir / "checkpoints", self.engine, self.lanes, self.reader, self.note
+        )
+        self.validation = Validation(config, self.source.manifest.split("held_out"), self.source.documents, mesh)
+        seed_everything(config.seed, mesh.rank + 1)
+
+    def _start(self, resume: bool, init_from: Path | None) -> bool:
+        """Set the starting point; whether it is a checkpoint of this run."""
+        state = self.checkpoints.resume() if resume else None
+        if state is not None:
+            self.step = self.saved_step = state.step
+            self.counters.update(state.counters, threads=self.threads)
+            before = state.counters["threads"]
+            if before != self.threads:
+                self.note(
+                    f"{self.threads} CPU threads now, {before} before: results may differ in the last bits. "
+                    f"Set training.threads={before} for an exact resume."
+                )
+            return True
+        if resume:
+            self.note(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the first step")
+        if init_from is not None:
+            self.note(f"weights from {load_initial_weights(self.engine, self.config, init_from)}")
+        return False
+
+    def _record_start(self, resumed: bool) -> None:
+        self.recorder.record(
+            "start",
+            self.step,
+            resumed=resumed,
+            world_size=self.mesh.world_size,
+            threads=self.threads,
+            device=str(self.mesh.device),
+        )
+
+    def _train(self) -> None:
+        config = self.config
+        if self.step and self._due(config.validation.interval_steps) and not self.recorder.is_validated(self.step):
+            self._validate()
+        while self.step < config.training.steps:
+            result = self._one_step()
+            if self.counters["consecutive_skips"] >= config.training.max_consecutive_skips:
+                raise self._divergence()
+            if result.stop:
+                self._stop()
+            if self._due(config.checkpoint.interval_steps):
+                self._save()
+            if self._due(config.validation.interval_steps):
+                self._validate()
+        if self.saved_step != self.step:
+            raise CheckpointError(
+                f"training is finished, but its last step {self.step} could not be saved. "
+                f"{self.checkpoints.last_good()} Free disk space and run the same command with --resume."
+            )
+
+    def _one_step(self) -> StepResult:
+        started = time.monotonic()
+        updates = self.step - self.counters["skips"]
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr_peak, updates + 1, self.config.training.steps)
+        batches = self.lanes.micro_batches(self.reader.batch(self.step))
+        result, carried = self.engine.step(batches, self.lanes.carried, lr, stop=bool(self.stop))
+        if result.skipped:
+            self.lanes.roll_back(batches)
+        else:
+            self.lanes.advance(carried)
+            self.last = result
+        self.step += 1
+        counters = self.counters
+        counters["tokens"] += result.num_tokens
+        counters["skips"] += result.skipped
+        counters["consecutive_skips"] = counters["consecutive_skips"] + 1 if result.skipped else 0
+        seconds = time.monotonic() - started
+        if self.first_step_seconds is None:
+            self.first_step_seconds = process_age_seconds()
+        else:
+            self.timed_tokens += result.num_tokens
+            self.timed_seconds += seconds
+        self.recorder.step(self.step, result, lr, seconds, counters)
+        return result
+
+    def _save(self) -> bool:
+        """Write a checkpoint; a failed one is counted and training goes on."""
+        result = self.checkpoints.save(self.step, dict(self.counters))
+        if result.ok:
+            self.saved_step = self.step
+            self.recorder.record("checkpoint", self.step, path=str(result.path), seconds=result.seconds)
+            self.recorder.progress.saved(self.step, result.seconds)
+        else:
+            self.counters["checkpoint_failures"] += 1
+            self.recorder.record("checkpoint_failure", self.step, error=result.error, seconds=result.seconds)
+            self.note(str(result.error))
+        return result.ok
+
+    def _validate(self) -> None:
+        started = time.monotonic()
+        result = self.validation.run(self.engine, lambda: bool(self.stop))
+        if result is None:
+            self._stop()
+        if result.num_bytes:
+            self.validation_bits_per_byte = result.bits_per_byte
+        seconds = time.monotonic() - started
+        self.recorder.record("validation", self.step, **result.record(), seconds=seconds)
+        self.note(
+            f"step {self.step}: held-out {result.bits_per_byte:.4f} bits/byte over {result.num_bytes:,} bytes "
+            f"({seconds:.1f} s)"
+        )
+        if result.sample is not None:
+            self.note(f"sample: {self.config.validation.sample_prompt + result.sample!r}")
+
+    def _due(self, interval_steps: int) -> bool:
+        return self.step % interval_steps == 0 or self.step == self.config.training.steps
+
+    def _stop(self) -> NoReturn:
+        """Save if need be and leave.
+
+        Raises:
+            Stopped: unless the save failed.
+            CheckpointError: the save failed.
+        """
+        signal_name = self.stop.received or "a signal on another rank"
+        if self.saved_step != self.step and not self._save():
+            raise CheckpointError(
+                f"stopped by {signal_name}, and step {self.step} could not be saved. {self.checkpoints.last_good()}"
+            )
+        raise Stopped(
+            f"stopped by {signal_name} after step {self.step}; everything is saved in {self.checkpoints.newest()}. "
+            f"Go on with --run-dir {self.run_dir} --resume."
+        )
+
+    def _divergence(self) -> DivergenceError:
+        return DivergenceError(
+            f"loss or gradient was not finite in {self.counters['consecutive_skips']} steps in a row "
+            f"(training.max_consecutive_skips = {self.config.training.max_consecutive_skips}), the last of them step "
+            f"{self.step}. {self.checkpoints.last_good()} Lower optimizer.lr_peak or look at the data of these steps."
+        )
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        newest = self.checkpoints.newest()
+        return {
+            "run_dir": str(self.run_dir),
+            "steps": self.step,
+            "checkpoint": None if newest is None else str(newest),
+            "loss": _finite(self.last.loss if self.last else None),
+            "bits_per_byte": _finite(self.last.bits_per_byte if self.last else None),
+            "validation_bits_per_byte": _finite(self.validation_bits_per_byte),
+            "tokens": self.counters["tokens"],
+            "tokens_per_second": self.timed_tokens / self.timed_seconds if self.timed_seconds else None,
+            "seconds": seconds,
+            "first_step_seconds": self.first_step_seconds,
+            "skips": self.counters["skips"],
+            "checkpoint_failures": self.counters["checkpoint_failures"],
+            "world_size": self.mesh.world_size,
+            "threads": self.threads,
+            "tracking_uri": self.recorder.tracking_uri,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

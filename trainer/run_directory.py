@@ -1,0 +1,94 @@
+"""The run directory: made or found, written to by one trainer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from longspan.errors import UsageError
+
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = "lock"
+
+
+def check_usable(run_dir: Path, *, resume: bool) -> None:
+    """See whether a run may start here, before anything is written.
+
+    Raises:
+        UsageError: the directory cannot be written to, or holds checkpoints and `resume` is not asked for.
+    """
+    place = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
+    if not place.is_dir():
+        raise UsageError(f"run directory {run_dir}: {place} is a file, not a folder. Choose another --run-dir.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"run directory {run_dir} is not writable: no permission to write in {place}. "
+            f"Choose another --run-dir or change the permissions."
+        )
+    if not resume and any((run_dir / "checkpoints").glob("step-*")):
+        raise UsageError(
+            f"{run_dir} holds checkpoints of an earlier run already. "
+            f"Go on with it with --resume, or choose another --run-dir."
+        )
+
+
+class RunDirectory:
+    """An open run directory with its lock held; rank 0 has one.
+
+    The lock is the kernel's (flock), so it ends with the process that holds it, however that ends; the file's text
+    only says who that is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Make the directory if need be and take its lock.
+
+        Raises:
+            UsageError: it cannot be made or written to, or another trainer holds the lock (names pid and host).
+        """
+        self.path = path
+        self._made = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UsageError(
+                f"run directory {path} is not writable: {error.strerror}. "
+                f"Choose another --run-dir or change the permissions."
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(self._lock)
+            os.close(self._lock)
+            raise UsageError(
+                f"another trainer is at work in {path}: pid {holder.get('pid', 'unknown')} "
+                f"on host {holder.get('host', 'unknown')}. Wait for it, stop it, or choose another --run-dir."
+            ) from None
+        self.stale_holder = _holder(self._lock)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+    def write_config(self, text: str) -> None:
+        """Put the resolved configuration at RUN/config.yaml, whole or not at all."""
+        temporary = self.path / f".{CONFIG_FILE}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / CONFIG_FILE)
+
+    def release(self) -> None:
+        """Let another trainer in; a directory made for a run that then could not start goes away again."""
+        if self._made and os.listdir(self.path) == [LOCK_FILE]:
+            (self.path / LOCK_FILE).unlink()
+            self.path.rmdir()
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+
+def _holder(descriptor: int) -> dict[str, object]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
