@@ -356,7 +356,9 @@ def drift(name: str, blocks: int) -> Iterator[float]:
         yield (outputs[0] - outputs[1]).abs().max().item()
 
 
-# measured over 1000 blocks (largest difference: 0.023 to 0.060), times 1.5; the first run's figures fix the bounds
+# The largest difference over 1000 blocks, times 1.5, on the first machine that it was measured on (0.023 to 0.060).
+# It is the rounding of bf16 matrix products, so it depends on the processor and torch: another one gave up to 1.7 times
+# as much. A drift grows without end, so twice these figures still tells it from rounding; the second check sees growth.
 DRIFT_BOUNDS = {
     "sliding_window": 0.053,
     "fixed_skip": 0.065,
@@ -374,7 +376,7 @@ DRIFT_BOUNDS = {
 }
 
 
-def check_drift(name: str, blocks: int, bound: float = 1.0) -> None:
+def check_drift(name: str, blocks: int, bound: float = 2.0) -> None:
     with torch.no_grad():
         gaps = torch.tensor(list(drift(name, blocks)))
     fifth = len(gaps) // 5
@@ -391,7 +393,7 @@ def test_law_10_drift(name: str) -> None:
 @pytest.mark.timeout(1200)
 @every_model
 def test_law_10_drift_over_1e5_blocks(name: str) -> None:
-    check_drift(name, 100_000, bound=2.0)  # the largest of a hundred times as many
+    check_drift(name, 100_000, bound=3.0)  # the largest of a hundred times as many
 
 
 def test_law_10_sees_a_matrix_state_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
