@@ -25,7 +25,7 @@ demo: $(VENV)/installed  ## corpus -> training -> perplexity-versus-length curve
 test: $(VENV)/installed  ## the test suite (at most 15 minutes on two cores, installation included)
 	@echo "longspan: lint, types, then tests"
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu"
 
 test-long: $(VENV)/installed  ## the suites that take longer (drift over 1e5 steps, ...)
 	$(BIN)/python -m pytest -m "long" --ignore tests/faults --timeout 3600
