@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ParallelConfig(BaseModel):
     """world = dp x cp x tp; dp follows from the number of processes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     cp: int = Field(1, ge=1, description="context-parallel ranks")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from longspan.cluster.config import ParallelConfig
 from longspan.errors import ClusterError, UsageError
+
+T = TypeVar("T")
 
 with warnings.catch_warnings():  # megatron-core says at import that Transformer Engine and Apex are missing
     warnings.simplefilter("ignore")
@@ -172,29 +174,45 @@ class Mesh:
             dist.all_reduce(values, group=self.dp_cp_group)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of rank 0, 1, ...: something small; every rank must call this."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def on_every_rank(self, work: Callable[[], T]) -> T:
+        """Do `work`, which talks to no other rank, here while the others do theirs; if one fails, none goes on alone.
+
+        Raises:
+            LongspanError: what `work` raised here; on ranks where it did not, one with the same exit code.
+        """
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        code = getattr(error, "exit_code", 1) if error is not None else 0
+        if self.world_size > 1:
+            vote = torch.tensor([code])
+            dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control_group)
+            code = int(vote.item())
+        if error is not None:
+            raise error
+        if code:
+            ended = ClusterError("another rank ended the run; its own message says why.")
+            ended.exit_code = code
+            raise ended
+        return cast(T, value)
+
     def on_rank_zero(self, work: Callable[[], None]) -> None:
         """Run `work` on rank 0 alone while the others wait.
 
         Raises:
             LongspanError: what `work` raised, on rank 0; on the others one with the same exit code.
         """
-        error: Exception | None = None
-        if self.rank == 0:
-            try:
-                work()
-            except Exception as caught:
-                error = caught
-        code = getattr(error, "exit_code", 1) if error is not None else 0
-        if self.world_size > 1:
-            vote = torch.tensor([code])
-            dist.broadcast(vote, src=0, group=self.control_group)
-            code = int(vote.item())
-        if error is not None:
-            raise error
-        if code:
-            ended = ClusterError("rank 0 ended the run; its own message says why.")
-            ended.exit_code = code
-            raise ended
+        self.on_every_rank(work if self.rank == 0 else lambda: None)
 
     def close(self) -> None:
         """Leave the process group, so that another mesh can be built in this process."""

@@ -125,7 +125,7 @@ def _statistics(documents: list[PackedDocument]) -> dict[str, Any]:
 def _check_target(out: Path, config: CorpusConfig) -> None:
     """Refuse before anything is read: a target that is not ours, lies inside a source, or cannot be written."""
     for source in config.sources:
-        if isinstance(source, FolderConfig) and out.is_relative_to(Path(source.path).resolve()):
+        if isinstance(source, FolderConfig) and out.is_relative_to(Path(source.path).expanduser().resolve()):
             raise UsageError(
                 f"the shards would go to {out}, inside source {source.name} at {source.path}. Choose another --out."
             )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class DataConfig(BaseModel):
     """What a training run reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shards: str = Field(description="folder that `longspan data build` wrote")
     recipe: str | None = Field(

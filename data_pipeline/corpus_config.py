@@ -48,7 +48,7 @@ class FolderConfig(_SourceConfig):
     """A folder of UTF-8 text files, one document per file."""
 
     kind: Literal["folder"]
-    path: str = Field(min_length=1, description="folder; relative to the working directory")
+    path: str = Field(min_length=1, description="folder; relative to the working directory, ~ is the home directory")
     pattern: str = Field("**/*.txt", min_length=1, description="which files below the folder (glob)")
     licence: str = Field("unspecified", description="copied into the manifest")
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Schema(BaseModel):
     """Frozen, strict about unknown keys; base of every configuration class here."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _LayerConfig(Schema):

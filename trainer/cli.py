@@ -13,10 +13,10 @@ import json
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from longspan import __version__
-from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError
+from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError, UsageError
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -28,33 +28,45 @@ OPENMP_SPIN_COUNT = "30000"
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (docs/architecture.md)."""
-    args = build_parser().parse_args(argv)
+    try:
+        args = build_parser().parse_args(argv)
+    except UsageError as error:
+        raise SystemExit(_fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)) from None
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
     try:
         result = importlib.import_module(f"longspan.trainer.commands.{args.module}").run(args)
     except LongspanError as error:
-        return _fail(args, str(error), error.exit_code)
+        return _fail(args.json, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(args, "interrupted", 130)
+        return _fail(args.json, "interrupted", 130)
     except Exception as error:
         traceback.print_exc()
-        return _fail(args, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
+        return _fail(args.json, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
     if args.json and os.environ.get("RANK", "0") == "0":  # one result, not one a rank
         print(json.dumps(result, allow_nan=False), flush=True)
     return EXIT_OK
 
 
-def _fail(args: argparse.Namespace, message: str, exit_code: int) -> int:
+def _fail(as_json: bool, message: str, exit_code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # one message, not one a rank
         print(f"longspan: {message}", file=sys.stderr, flush=True)
-        if args.json:
+        if as_json:
             print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
     return exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `main` to say what is wrong, since `--json` asks for an object then too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError with `message`."""
+        self.print_usage(sys.stderr)
+        raise UsageError(f"{message}. See `{self.prog} --help`.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="longspan", description="Long-context pretraining with recurrent memory.")
+    parser = _Parser(prog="longspan", description="Long-context pretraining with recurrent memory.")
     parser.add_argument("--version", action="version", version=f"longspan {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_data, _train, _evaluate, _evals, _export, _generate, _report, _checkpoint, _doctor):

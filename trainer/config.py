@@ -5,7 +5,7 @@ Imports no torch, so that `--help`, `plan` and configuration errors answer at on
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,10 @@ from longspan.modeling.config import ModelConfig
 class Section(BaseModel):
     """Frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -29,7 +32,7 @@ class OptimizerConfig(Section):
     gain_lr_multiplier: float = Field(
         1.0, gt=0, description="learning rate of attention scales, position tables and gate biases over the others'"
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of first and second moment")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.95), description="adamw: decay of first and second moment")
     eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of norms, scales and gates")
     momentum: float = Field(0.9, ge=0, lt=1, description="adafactor: first moment")
@@ -84,7 +87,7 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """Everything that a training run depends on."""
 
-    name: str = Field(description="name of the run's recipe")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's recipe; no path")
     seed: int = Field(0, ge=0, description="weights, data order and dropout")
     model: ModelConfig
     data: DataConfig

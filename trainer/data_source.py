@@ -30,11 +30,10 @@ def open_data(config: RunConfig) -> DataSource:
     """
     data = config.data
     if not (Path(data.shards) / "manifest.json").is_file():
-        recipe = data.recipe or "RECIPE"
-        out = "" if data.recipe else f" --out {data.shards}"
+        build = f"longspan data build {data.recipe or 'RECIPE'} --out {data.shards}"
         raise UsageError(
             f"data.shards = {data.shards}: there is no corpus (no manifest.json). "
-            f"Build it with `longspan data build {recipe}{out}`, or point data.shards at a folder that it wrote."
+            f"Build it with `{build}`, or point data.shards at a folder that it wrote."
         )
     manifest = Manifest.load(data.shards)
     if manifest.vocabulary.padded_size > config.model.vocab_size:

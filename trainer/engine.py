@@ -41,7 +41,7 @@ class StepResult:
     Attributes:
         skipped: some rank met a loss or gradient that is not finite; nothing was changed on any rank.
         stop: some rank asked to stop.
-        loss: nats per token over all valid tokens, auxiliary losses left out; may be NaN when skipped.
+        loss: nats per token over all valid tokens, auxiliary losses left out; NaN without any, may be when skipped.
         aux_loss: auxiliary losses per token.
         bits_per_byte: over tokens that stand for bytes.
         grad_norm: global norm before clipping.
@@ -119,7 +119,8 @@ class Engine:
             The result, and the new states; the given ones when the step is skipped.
         """
         num_tokens = self._count_over_data(sum(batch.num_valid for batch in batches))
-        scale = self.mesh.dp_cp_size * len(batches) / max(num_tokens, 1)
+        # without any label auxiliary losses teach nothing either: there is no count to divide them by
+        scale = self.mesh.dp_cp_size * len(batches) / num_tokens if num_tokens else 0.0
         sums = torch.zeros(3, device=self.mesh.device)
         new_states = []
         for index, (batch, state) in enumerate(zip(batches, carried, strict=True)):
@@ -139,9 +140,9 @@ class Engine:
         result = StepResult(
             skipped=skipped,
             stop=stop_votes > 0,
-            loss=nats / max(num_tokens, 1),
-            aux_loss=aux / max(num_tokens, 1),
-            bits_per_byte=byte_nats / max(total_bytes, 1) / math.log(2),
+            loss=nats / num_tokens if num_tokens else math.nan,
+            aux_loss=aux / num_tokens if num_tokens else math.nan,
+            bits_per_byte=byte_nats / total_bytes / math.log(2) if total_bytes else math.nan,
             grad_norm=grad_norm,
             num_tokens=num_tokens,
         )

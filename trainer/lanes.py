@@ -43,15 +43,16 @@ class Lanes:
         self.carried = list(new)
 
     def roll_back(self, batches: Sequence[Batch]) -> None:
-        """After a skipped step: every lane keeps the state it had before.
+        """After a skipped step: every lane keeps the state it had before. Every rank must call this.
 
         Only a lane in which a document started goes to its initial state: what it carries belongs to a document that
         the data have left behind, and must not reach the next one.
         """
-        for index, batch in enumerate(batches):
-            started = batch.reset.any(dim=1)
-            if bool(started.any()):
-                with self._engine.evaluating() as model:
+        # on every rank, whether or not a document starts there: at ZeRO 3 gathering the parameters takes all of them
+        with self._engine.evaluating() as model:
+            for index, batch in enumerate(batches):
+                started = batch.reset.any(dim=1)
+                if bool(started.any()):
                     self.carried[index] = states.detach(model.reset_rows(self.carried[index], started))
 
     def packed(self) -> dict[str, Tensor]:
@@ -62,12 +63,13 @@ class Lanes:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def restore(self, packed: dict[str, Tensor]) -> None:
-        """Put back what `packed` returned for these lanes, on any number of ranks and micro-batches."""
-        device = self._engine.mesh.device
+        """Put back what `packed` returned for these lanes, on any number of ranks and micro-batches.
+
+        Caches are in the compute dtype, which may be another one now: every tensor takes the dtype of this model's.
+        """
+        like = states.pack(self.carried[0])
+        typed = {name: tensor.to(like[name].device, like[name].dtype) for name, tensor in packed.items()}
         self.carried = [
-            states.to(
-                states.unpack({name: tensor[i * self._size : (i + 1) * self._size] for name, tensor in packed.items()}),
-                device,
-            )
+            states.unpack({name: tensor[i * self._size : (i + 1) * self._size] for name, tensor in typed.items()})
             for i in range(len(self.carried))
         ]

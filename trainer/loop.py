@@ -80,6 +80,7 @@ class Run:
         self.threads = set_threads(config.training.threads, mesh.local_world_size)
         self.step = 0
         self.saved_step: int | None = None
+        self.save_due = False
         self.counters: dict[str, Any] = {
             "tokens": 0,
             "skips": 0,
@@ -128,6 +129,8 @@ class Run:
         state = self.checkpoints.resume() if resume else None
         if state is not None:
             self.step = self.saved_step = state.step
+            if init_from is not None:
+                self.note("--init-from is not used: the run goes on from its own checkpoint")
             self.counters.update(state.counters, threads=self.threads)
             before = state.counters["threads"]
             if before != self.threads:
@@ -162,7 +165,10 @@ class Run:
                 raise self._divergence()
             if result.stop:
                 self._stop()
-            if self._due(config.checkpoint.interval_steps):
+            self.save_due |= self._due(config.checkpoint.interval_steps)
+            # a skipped step may come from bad weights, which must not push good checkpoints out
+            if self.save_due and (not result.skipped or self.step == config.training.steps):
+                self.save_due = False
                 self._save()
             if self._due(config.validation.interval_steps):
                 self._validate()
@@ -176,7 +182,7 @@ class Run:
         started = time.monotonic()
         updates = self.step - self.counters["skips"]
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr_peak, updates + 1, self.config.training.steps)
-        batches = self.lanes.micro_batches(self.reader.batch(self.step))
+        batches = self.lanes.micro_batches(self.mesh.on_every_rank(lambda: self.reader.batch(self.step)))
         result, carried = self.engine.step(batches, self.lanes.carried, lr, stop=bool(self.stop))
         if result.skipped:
             self.lanes.roll_back(batches)
@@ -202,7 +208,13 @@ class Run:
         result = self.checkpoints.save(self.step, dict(self.counters))
         if result.ok:
             self.saved_step = self.step
-            self.recorder.record("checkpoint", self.step, path=str(result.path), seconds=result.seconds)
+            self.recorder.record(
+                "checkpoint",
+                self.step,
+                path=str(result.path),
+                seconds=result.seconds,
+                quarantined=sorted(self.reader.quarantine),
+            )
             self.recorder.progress.saved(self.step, result.seconds)
         else:
             self.counters["checkpoint_failures"] += 1
@@ -268,6 +280,7 @@ class Run:
             "first_step_seconds": self.first_step_seconds,
             "skips": self.counters["skips"],
             "checkpoint_failures": self.counters["checkpoint_failures"],
+            "quarantined_documents": sorted(self.reader.quarantine),
             "world_size": self.mesh.world_size,
             "threads": self.threads,
             "tracking_uri": self.recorder.tracking_uri,

@@ -31,9 +31,12 @@ def find_recipe(path: str | Path) -> Path:
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     if not path.is_absolute() and (PACKAGED_CONFIGS / inside).is_file():
         return PACKAGED_CONFIGS / inside
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, not a recipe. Name a YAML file.")
     known = sorted(f"configs/{p.relative_to(PACKAGED_CONFIGS)}" for p in PACKAGED_CONFIGS.rglob("*.yaml"))
-    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.4) or known[:5]
-    raise UsageError(f"no recipe at {path}. Did you mean {', '.join(near)}?")
+    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.6)
+    advice = f"Did you mean {', '.join(near)}?" if near else f"Packaged recipes: {', '.join(known)}."
+    raise UsageError(f"no recipe at {path}. {advice}")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -145,8 +148,20 @@ def _problem(schema: type[BaseModel], details: Any) -> Problem:
         allowed = details["ctx"]["expected_tags"].replace("'", "")
         return Problem(f"{where}.{kind} = {tag!r}", f"unknown {kind}. Allowed: {allowed}.")
     value = details.get("input")
-    shown = "" if isinstance(value, (dict, list)) else f" = {value!r}"
-    return Problem(f"{where}{shown}", f"{details['msg'][0].lower()}{details['msg'][1:]}.")
+    shown = "" if isinstance(value, (dict, list)) else f" = {'null' if value is None else repr(value)}"
+    return Problem(f"{where}{shown}", f"{_reason(details)}.")
+
+
+def _reason(details: Any) -> str:
+    """Pydantic's reason in words that fit YAML: it speaks of tuples, dictionaries and instances."""
+    if details["type"] in ("tuple_type", "list_type"):
+        return "input should be a list"
+    if details["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return "input should be a section with fields"
+    if details["type"] == "too_short":
+        return f"list should have at least {details['ctx']['min_length']} items, not {details['ctx']['actual_length']}"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def _is_union_tag(part: Any, location: tuple[Any, ...]) -> bool:
@@ -235,25 +250,36 @@ def _cross_problems_of_rest(
             for details in error.errors():
                 if details["type"] == "missing":
                     doubtful.add(_dotted(details["loc"]))
-                    _insert(rest, details["loc"], "stand-in" if _dotted(details["loc"]) in _STRING_FIELDS else 1)
+                    _insert(rest, details["loc"], _STAND_INS.get(_dotted(details["loc"]), 1))
     return []
 
 
-_STRING_FIELDS = ("name", "data.shards")
+# valid values for required fields that are wrong or not given, where 1 is not one; layers that ask for nothing
+_STAND_INS = {"name": "stand-in", "data.shards": "stand-in", "model.layers": [{"mixer": "sliding_window"}]}
 
 
 def _remove(place: Any, location: tuple[Any, ...]) -> None:
+    """Take the field at `location` out of its section; a wrong item takes its whole list with it."""
     path = [part for part in location if not _is_union_tag(part, location)]
+    while path and isinstance(path[-1], int):
+        path.pop()
+    section = _section(place, path)
+    if section is not None:
+        section.pop(path[-1], None)
+
+
+def _insert(place: Any, location: tuple[Any, ...], value: Any) -> None:
+    path = [part for part in location if not _is_union_tag(part, location)]
+    section = _section(place, path)
+    if section is not None:
+        section[path[-1]] = value
+
+
+def _section(place: Any, path: list[Any]) -> dict[Any, Any] | None:
+    """The mapping that holds the last part of `path`; None if there is no such place."""
     for part in path[:-1]:
         try:
             place = place[part]
         except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(place, dict):
-        place.pop(path[-1], None)
-
-
-def _insert(place: Any, location: tuple[Any, ...], value: Any) -> None:
-    for part in location[:-1]:
-        place = place.setdefault(part, {})
-    place[location[-1]] = value
+            return None
+    return place if path and isinstance(place, dict) else None

@@ -25,7 +25,8 @@ def sample_text(
         device: of the model.
 
     Returns:
-        The continuation without the prompt; bytes that are no UTF-8 come out as replacement characters.
+        The continuation without the prompt; bytes that are no UTF-8 come out as replacement characters. It ends
+        where logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     state = model.decode_state(model.init_state(1, device))
@@ -34,6 +35,8 @@ def sample_text(
     drawn: list[int] = []
     for _ in range(num_tokens):
         scores = logits[0].float().cpu() / temperature
+        if not scores.isfinite().all():  # a model that has diverged has nothing to say, and its run ends by itself
+            break
         scores[BOS] = -torch.inf
         scores[EOS + 1 :] = -torch.inf  # padding of the vocabulary
         token = int(torch.multinomial(scores.softmax(0), 1, generator=generator))

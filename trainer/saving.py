@@ -43,6 +43,9 @@ class Checkpoints:
 
     def save(self, step: int, counters: dict[str, Any]) -> SaveResult:
         """Write everything that the run needs to go on after `step`; a disk error is in the result, not raised."""
+        # each rank meets only the bad documents of its own lanes; rank 0 saves, so that a resume knows all of them
+        for quarantine in self._engine.mesh.gather(self._reader.quarantine):
+            self._reader.adopt_quarantine(quarantine)
         return self._store.save(
             RunState(
                 step=step,

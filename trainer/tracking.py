@@ -1,8 +1,8 @@
 """MLflow: the metrics of log.jsonl, each exactly once, and the curves of evaluations.
 
 The training run writes log.jsonl and nothing else; a thread here follows that file. So no fault of a tracking server
-can stop or slow a step, and what could not be sent is sent by whoever comes next: a resumed run, an evaluation, a
-report. mlflow takes a second to import and its first sqlite file two more: both happen in the thread, after the
+can stop or slow a step, and what could not be sent is sent by whoever comes next: a resumed run or an evaluation.
+mlflow takes a second to import and its first sqlite file two more: both happen in the thread, after the
 first steps.
 """
 
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -58,7 +59,10 @@ class MlflowStore:
 
             set_telemetry_client()
         self._entities = entities
-        with exclusive(artifacts.parent / ".mlflow.lock", SETUP_SECONDS) if artifacts else nullcontext():
+        database = _sqlite_file(uri)
+        with exclusive(database.parent / ".mlflow.lock", SETUP_SECONDS) if database else nullcontext():
+            if database:
+                _create_whole(database)
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
             self._experiment = (
@@ -116,6 +120,28 @@ class MlflowStore:
             self._client.update_run(run_id, status=status)
         else:
             self._client.set_terminated(run_id, status)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file behind an sqlite URI; None for any other store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") and "?" not in uri else None
+
+
+def _create_whole(database: Path) -> None:
+    """Make MLflow's tables in a file that gets its name last.
+
+    It takes seconds and dozens of migrations; a process that dies among them, or a disk that fills, would leave a
+    database that no later process can open.
+    """
+    from mlflow.tracking import MlflowClient
+
+    if database.exists():
+        return
+    for left in database.parent.glob(f".{database.name}.new-*"):
+        left.unlink()
+    unfinished = database.with_name(f".{database.name}.new-{uuid.uuid4().hex}")  # MLflow keeps an engine per name
+    MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    os.replace(unfinished, database)
 
 
 def open_store(run_dir: Path, config: TrackingConfig) -> Store:
@@ -214,7 +240,8 @@ class Tracker:
             if self._failures == 1 and not self._abandoned.is_set():
                 self._warn(
                     f"cannot reach the tracking store {self.uri} ({_brief(error)}). "
-                    f"The run goes on; metrics stay in log.jsonl and are sent later."
+                    f"The run goes on; metrics stay in log.jsonl and are sent later: by this run when the store "
+                    f"answers, by `longspan train --resume`, or by `longspan evaluate`."
                 )
             return False
         if self._failures:
@@ -339,5 +366,5 @@ def evaluation_columns(result: dict[str, Any], time_ms: int) -> list[Metric]:
 
 
 def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" [SQL: ")[0]
     return f"{type(error).__name__}: {text[:200]}"

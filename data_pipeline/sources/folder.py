@@ -15,7 +15,7 @@ def read_folder(config: FolderConfig) -> SourceText:
     Raises:
         UsageError: the folder is missing, nothing in it matches, or a file is not UTF-8.
     """
-    root = Path(config.path)
+    root = Path(config.path).expanduser()
     if not root.is_dir():
         raise UsageError(
             f"source {config.name}: no folder at {config.path}. Set the source's `path` to a folder of text files."

@@ -115,6 +115,20 @@ def test_other_ranks_end_with_rank_zeros_exit_code(two_ranks: dict[str, Any]) ->
     assert [rank["exit_code"] for rank in two_ranks["ranks"]] == [2, 2]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_document_that_started_on_one_rank_alone_is_rolled_back_there(two_ranks: dict[str, Any], stage: int) -> None:
+    """At stage 3 all ranks gather the initial state's parameter, also those that need it not."""
+    assert [rank["rolled_back"][stage] for rank in two_ranks["ranks"]] == [[True, False], [False, False]]
+
+
+def test_bad_data_on_one_rank_end_all_ranks_with_its_exit_code(two_ranks: dict[str, Any]) -> None:
+    assert [rank["bad_data"] for rank in two_ranks["ranks"]] == [("ClusterError", 70), ("DataError", 70)]
+
+
+def test_gather_gives_every_rank_all_values(two_ranks: dict[str, Any]) -> None:
+    assert [rank["gathered"] for rank in two_ranks["ranks"]] == [[{0: "bad"}, {1: "bad"}]] * 2
+
+
 def test_an_infinite_gradient_skips_too(mesh: Mesh) -> None:
     run = ToyRun(mesh)
     run.losses(range(2))
@@ -130,13 +144,13 @@ def test_a_step_without_any_label_changes_nothing_but_what_decays(mesh: Mesh) ->
     run = ToyRun(mesh, optimizer__weight_decay=0.0)
     batch = toy_batch(0)
     empty = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100), num_valid=0, num_bytes=0)
-    run.model.forward = lambda *args, **kwargs: (  # no auxiliary loss either
-        lambda found: (found[0], found[1], {})
-    )(ToyModel.forward(run.model, *args, **kwargs))
     before = {name: value.clone() for name, value in run.engine.weights().items()}
     result, _ = run.engine.step([empty], run.carried, lr=0.1)
     assert not result.skipped
     assert result.num_tokens == 0
+    assert math.isnan(result.loss)  # nothing was measured
+    assert math.isnan(result.bits_per_byte)
+    assert result.grad_norm == 0.0  # of the auxiliary loss neither: no count of tokens to divide it by
     assert all(torch.equal(before[name], value) for name, value in run.engine.weights().items())
 
 

@@ -35,9 +35,8 @@ def refused(match: str, *args: Any, **kwargs: Any) -> None:
 
 def test_missing_shards_name_the_command_that_builds_them(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "nothing", data__recipe="configs/data/quickstart.yaml")
-    refused(
-        r"nothing: there is no corpus.*`longspan data build configs/data/quickstart.yaml`", config, tmp_path / "run"
-    )
+    advice = r"nothing: there is no corpus.*`longspan data build configs/data/quickstart.yaml --out .*nothing`"
+    refused(advice, config, tmp_path / "run")
     refused(r"`longspan data build RECIPE --out .*nothing`", tiny_config(tmp_path / "nothing"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

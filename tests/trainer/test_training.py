@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -18,12 +19,14 @@ import yaml
 from tiny_training import read_log, tiny_config
 from trainer_toy import fingerprint
 
+from longspan.cluster.mesh import Mesh
 from longspan.data_pipeline.documents import DocumentReader
 from longspan.data_pipeline.manifest import Manifest
 from longspan.errors import CheckpointError, DivergenceError, Stopped
 from longspan.modeling.model import LanguageModel
 from longspan.trainer.checkpoint.load import load_model
 from longspan.trainer.checkpoint.store import CheckpointStore, SaveResult
+from longspan.trainer.config import RunConfig
 from longspan.trainer.lanes import Lanes
 from longspan.trainer.loop import Run, train
 from longspan.trainer.recorder import Recorder
@@ -80,7 +83,9 @@ def test_a_run_writes_log_checkpoints_and_summary(shards: Path, tmp_path: Path, 
     assert summary["checkpoint"] == str(run / "checkpoints" / "step-00000012")
     assert summary["validation_bits_per_byte"] == read_log(run, "validation")[-1]["bits_per_byte"]
     assert summary["loss"] == last["loss"] < read_log(run, "step")[0]["loss"]
-    assert all(value is None or isinstance(value, str) or math.isfinite(value) for value in summary.values())
+    assert summary["quarantined_documents"] == []
+    numbers = [value for value in summary.values() if isinstance(value, int | float)]
+    assert all(math.isfinite(value) for value in numbers)
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "tiny"
     assert "step 12/12 (100.0%)" in capsys.readouterr().err
 
@@ -287,6 +292,37 @@ def test_a_run_of_two_ranks_goes_on_with_one(shards: Path, tmp_path: Path, two_r
     resumed = train(tiny_config(shards, training__steps=24, **common), tmp_path / "two", resume=True)
     assert resumed["loss"] == pytest.approx(straight["loss"], abs=1e-5)
     assert resumed["tokens"] == straight["tokens"]
+
+
+def test_bad_documents_of_other_ranks_are_saved_and_known_after_a_resume(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 saves, and met no bad document in its own lanes."""
+    bad = Manifest.load(shards).split("train")[0].id
+    monkeypatch.setattr(Mesh, "gather", lambda self, mine: [mine, {bad: "cut off"}])
+    summary = train(tiny_config(shards, training__steps=4), tmp_path / "run")
+    assert summary["quarantined_documents"] == [bad]
+    assert read_log(tmp_path / "run", "checkpoint")[-1]["quarantined"] == [bad]
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert json.loads((newest / "data.json").read_text())["quarantine"] == [[bad, "cut off"]]
+    monkeypatch.setattr(Mesh, "gather", lambda self, mine: [mine])
+    train(tiny_config(shards, training__steps=8), tmp_path / "run", resume=True)
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000008"
+    assert json.loads((newest / "data.json").read_text())["quarantine"] == [[bad, "cut off"]]
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_goes_on_in_another_precision(shards: Path, tmp_path: Path, before: str, after: str) -> None:
+    def config(precision: str, steps: int) -> RunConfig:
+        return tiny_config(shards, training__precision=precision, training__steps=steps, parallel__zero_stage=1)
+
+    train(config(before, 4), tmp_path / "run")
+    train(config(after, 8), tmp_path / "run", resume=True)
+    losses = [record["loss"] for record in read_log(tmp_path / "run", "step")]
+    straight = train(config(before, 8), tmp_path / "straight")
+    assert len(losses) == 8
+    assert losses[-1] == pytest.approx(straight["loss"], abs=0.01)
 
 
 def test_adafactor_trains(shards: Path, tmp_path: Path) -> None:

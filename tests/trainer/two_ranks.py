@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_training import tiny_config
-from trainer_toy import ToyRun, fingerprint
+from trainer_toy import LANES, ToyRun, fingerprint
 
 from longspan.cluster.mesh import Mesh
-from longspan.errors import UsageError
+from longspan.errors import DataError, LongspanError, UsageError
+from longspan.trainer.lanes import Lanes
 from longspan.trainer.loop import train
 
 STAGES = (0, 1, 2, 3)
@@ -29,6 +31,9 @@ def everything(rank: int, shards: str, runs: str, ports: list[int]) -> dict[str,
         "without_agreement": skip(mesh, rank, 0, "loss", agree=False),
         "logical": logical_state(mesh, 3),
         "exit_code": exit_code_of_other_rank(mesh),
+        "rolled_back": {stage: rolled_back(mesh, rank, stage) for stage in STAGES},
+        "bad_data": bad_data_on_rank_one(mesh, rank),
+        "gathered": mesh.gather({rank: "bad"}),
     }
     mesh.close()
     for name, port, steps, overrides in (
@@ -122,3 +127,31 @@ def exit_code_of_other_rank(mesh: Mesh) -> int:
     except Exception as error:
         return error.exit_code
     return 0
+
+
+def rolled_back(mesh: Mesh, rank: int, stage: int) -> list[bool]:
+    """Which of this rank's lanes are initial after a skipped step in which a document started on rank 0 alone."""
+    run = ToyRun(mesh, parallel__zero_stage=stage)
+    run.losses(range(2))
+    lanes = Lanes(run.engine, LANES, run.size)
+    initial = lanes.carried[0]["h"]
+    lanes.advance([{"h": initial + 1}])
+    started = torch.tensor([[rank == 0], [False]])
+    lanes.roll_back([dataclasses.replace(run.batches(2)[0], reset=started)])
+    run.losses(range(3, 4))  # the ranks are still in step
+    return (lanes.carried[0]["h"] == initial).all(dim=1).tolist()
+
+
+def bad_data_on_rank_one(mesh: Mesh, rank: int) -> tuple[str, int]:
+    """Kind and exit code of the error on this rank when rank 1 alone cannot read its lanes."""
+
+    def read() -> int:
+        if rank == 1:
+            raise DataError("too many documents are bad")
+        return rank
+
+    try:
+        mesh.on_every_rank(read)
+    except LongspanError as error:
+        return type(error).__name__, error.exit_code
+    return "", 0

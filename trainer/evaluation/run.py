@@ -60,7 +60,7 @@ def evaluate(
     """
     started = time.monotonic()
     loaded = load_model(checkpoint, device)
-    manifest = Manifest.load(spec.shards or loaded.config.data.shards)
+    manifest = _manifest(spec, loaded)
     key = evaluation_key(loaded.fingerprint, spec, manifest.digest)
     folder = (out or evals_folder(loaded.path)) / key
     known = read_result(folder)
@@ -70,6 +70,18 @@ def evaluate(
     result["seconds"] = round(time.monotonic() - started, 3)
     _publish(folder, result)
     return {**result, "folder": str(folder), "reused": False}
+
+
+def _manifest(spec: EvaluationSpec, loaded: LoadedModel) -> Manifest:
+    try:
+        return Manifest.load(spec.shards or loaded.config.data.shards)
+    except UsageError as error:
+        if spec.shards:
+            raise
+        raise UsageError(
+            f"{error} The run was trained on data.shards = {loaded.config.data.shards}, "
+            f"seen from {Path.cwd()}; to name another place: --set shards=FOLDER."
+        ) from error
 
 
 def _measure(

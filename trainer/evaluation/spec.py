@@ -17,7 +17,7 @@ Mode = Literal["truncated", "carried", "reset", "state_reset", "swapped"]
 class EvaluationSpec(BaseModel):
     """Perplexity versus context length on fixed targets of held-out documents."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="name of the spec, shown in results")
     shards: str | None = Field(None, description="folder of shards; those that the checkpoint was trained on if unset")
