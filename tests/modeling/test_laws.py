@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -341,14 +342,34 @@ def test_law_9_the_state_is_as_specified(name: str) -> None:
 # --- 10 drift ------------------------------------------------------------------------------------------------------
 
 
+def with_fixed_weights(model: LanguageModel) -> LanguageModel:
+    """The model with weights that are the same under every version of torch: how much rounding is amplified depends
+    on them (an unlucky recurrence amplifies it thirtyfold for a while), so a bound holds for given weights only."""
+    generator = np.random.default_rng(0)
+    deviations = {"embedding.weight": 1.0, "ids": 1.0, "read_ids": 1.0, "write_ids": 1.0, "position_table": 32**-0.5}
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            last = path.split(".")[-1]
+            matrix = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 and last.endswith("weight") else 0.1
+            deviation = deviations.get(path, deviations.get(last, matrix))
+            drawn = torch.from_numpy(generator.standard_normal(parameter.shape).clip(-2, 2))
+            if last.endswith("scale"):
+                drawn = (1 + 0.25 * drawn) * (3 if "mixer" in path and "norm" not in path else 1)
+            else:
+                drawn = drawn * deviation
+            parameter.copy_(drawn.bfloat16())
+    return model
+
+
 def drift(name: str, blocks: int) -> Iterator[float]:
     """Largest difference of logits between the stored types of training (bf16, states fp32) and fp64, per call."""
-    models = [tiny_model(name, dtype) for dtype in (torch.bfloat16, torch.float64)]
+    models = [with_fixed_weights(tiny_model(name, dtype)) for dtype in (torch.bfloat16, torch.float64)]
     per_call = 8 * WINDOW
     carried = [model.init_state(1) for model in models]
     reset = no_reset(models[0], 1, per_call)
-    for call in range(blocks * WINDOW // per_call):
-        tokens = random_tokens(1, per_call, seed=call)
+    tokens_of = np.random.default_rng(1)
+    for _ in range(blocks * WINDOW // per_call):
+        tokens = torch.from_numpy(tokens_of.integers(0, VOCAB, (1, per_call)))
         outputs = []
         for index, model in enumerate(models):
             y, carried[index], _ = model(tokens, carried[index], reset=reset)
@@ -356,31 +377,29 @@ def drift(name: str, blocks: int) -> Iterator[float]:
         yield (outputs[0] - outputs[1]).abs().max().item()
 
 
-# The largest difference over 1000 blocks, times 1.5, on the first machine that it was measured on (0.023 to 0.060).
-# It is the rounding of bf16 matrix products, so it depends on the processor and torch: another one gave up to 1.7 times
-# as much. A drift grows without end, so twice these figures still tells it from rounding; the second check sees growth.
-DRIFT_BOUNDS = {
-    "sliding_window": 0.053,
-    "fixed_skip": 0.065,
-    "fixed_dual": 0.035,
-    "fixed_single": 0.042,
-    "lstm_skip": 0.038,
-    "lstm_dual": 0.090,
-    "lstm_single": 0.044,
-    "frozen": 0.049,
-    "linear_attention": 0.044,
-    "full_attention": 0.066,
-    "hybrid": 0.080,
-    "memory": 0.056,
-    "memory_hybrid": 0.067,
+# the largest difference over 1000 blocks, measured 2026-11-22 with torch 2.13 on a CPU; AVX-512 and AVX2 alike
+DRIFT = {
+    "sliding_window": 0.033,
+    "fixed_skip": 0.067,
+    "fixed_dual": 0.021,
+    "fixed_single": 0.023,
+    "lstm_skip": 0.025,
+    "lstm_dual": 0.039,
+    "lstm_single": 0.021,
+    "frozen": 0.024,
+    "linear_attention": 0.020,
+    "full_attention": 0.030,
+    "hybrid": 0.040,
+    "memory": 0.052,
+    "memory_hybrid": 0.073,
 }
 
 
-def check_drift(name: str, blocks: int, bound: float = 2.0) -> None:
+def check_drift(name: str, blocks: int, margin: float = 1.5) -> None:
     with torch.no_grad():
         gaps = torch.tensor(list(drift(name, blocks)))
     fifth = len(gaps) // 5
-    assert gaps.max() < bound * DRIFT_BOUNDS[name]
+    assert gaps.max() < margin * DRIFT[name]
     assert gaps[-fifth:].mean() < 1.25 * gaps[:fifth].mean(), "the difference grows with the number of blocks"
 
 
@@ -393,7 +412,7 @@ def test_law_10_drift(name: str) -> None:
 @pytest.mark.timeout(1200)
 @every_model
 def test_law_10_drift_over_1e5_blocks(name: str) -> None:
-    check_drift(name, 100_000, bound=3.0)  # the largest of a hundred times as many
+    check_drift(name, 100_000, margin=3.0)  # the largest of a hundred times as many
 
 
 def test_law_10_sees_a_matrix_state_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
