@@ -82,7 +82,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
 def generate(
     decoder: Decoder, prompt: bytes, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> Iterator[int]:
-    """Ids that continue bos and the prompt, one by one; eos ends it and is not given.
+    """Ids that continue bos and the prompt, one by one; eos ends it and is not given, and so do logits that are NaN or
+    infinite: a model that has diverged has nothing to say, and its run ends by itself.
 
     Args:
         decoder: at the start of a document.
@@ -95,6 +96,8 @@ def generate(
     draws = torch.Generator().manual_seed(seed)
     logits = decoder.read([BOS, *prompt])
     for count in range(max_new_tokens):
+        if not logits.isfinite().all():
+            return
         token = choose(logits, temperature, top_p, draws)
         if token == EOS:
             return

@@ -18,7 +18,7 @@ from longspan.errors import DataError
 from longspan.modeling import state as states
 from longspan.trainer.config import RunConfig
 from longspan.trainer.engine import Engine
-from longspan.trainer.sample import sample_text
+from longspan.trainer.generation import NativeDecoder, as_text, generate
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -117,14 +117,15 @@ class Validation:
         if not settings.sample_tokens or (self._mesh.rank and engine.stage < 3):
             return None
         with engine.evaluating() as model:
-            return sample_text(
-                model,
-                settings.sample_prompt,
-                settings.sample_tokens,
-                seed=self._seed,
+            ids = generate(
+                NativeDecoder(model, self._mesh.device),
+                settings.sample_prompt.encode(),
+                max_new_tokens=settings.sample_tokens,
                 temperature=_SAMPLE_TEMPERATURE,
-                device=self._mesh.device,
+                top_p=1.0,
+                seed=self._seed,  # a generator of its own: sampling never changes a training run
             )
+            return "".join(as_text(ids))
 
     def _tokens_of(self, entry: DocumentEntry) -> int:
         return min(entry.num_tokens, self._limit)
