@@ -1,0 +1,100 @@
+"""Which form of an operation runs: the Triton kernel or the plain PyTorch reference."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ShapeError
+
+Backend = Literal["triton", "reference"]
+VARIABLE = "LONGSPAN_KERNELS"
+_CHOICES = ("auto", "triton", "reference")
+_log = logging.getLogger("longspan.kernels")
+_forced: ContextVar[Backend | None] = ContextVar("longspan_kernels", default=None)
+
+
+@contextlib.contextmanager
+def forced(backend: Backend) -> Iterator[None]:
+    """Run every operation in this form inside the context, whatever device and environment say.
+
+    Args:
+        backend: "triton" needs CUDA tensors, or TRITON_INTERPRET=1 set before the kernels are first used.
+    """
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, statement by statement."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(operation: str, *tensors: Tensor, unsupported: str | None = None) -> Backend:
+    """The form in which an operation runs on these tensors.
+
+    Triton on CUDA devices of compute capability 8.0 and higher, the reference elsewhere; `forced` and the
+    environment variable LONGSPAN_KERNELS (auto, triton, reference) override it. The choice is logged once.
+
+    Args:
+        operation: name, for the log.
+        tensors: all on one device.
+        unsupported: why the kernel cannot take these shapes or types; it then falls back with one warning.
+
+    Raises:
+        ShapeError: the tensors are on different devices.
+        ValueError: LONGSPAN_KERNELS has no such value.
+    """
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ShapeError(f"{operation} got tensors on {names}. Move all of them to one device.")
+    wanted = _wanted(tensors[0].device)
+    if wanted == "triton" and unsupported is not None:
+        _warn_once(operation, unsupported)
+        wanted = "reference"
+    _log_once(operation, wanted)
+    return wanted
+
+
+def _wanted(device: torch.device) -> Backend:
+    forced_backend = _forced.get()
+    if forced_backend is not None:
+        return forced_backend
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in _CHOICES:
+        raise ValueError(f"{VARIABLE} = {value!r}: use one of {', '.join(_CHOICES)}.")
+    if value != "auto":
+        return "triton" if value == "triton" else "reference"
+    return "triton" if device.type == "cuda" and _capable(device.index or 0) else "reference"
+
+
+@cache
+def _capable(index: int) -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@cache
+def _warn_once(operation: str, reason: str) -> None:
+    warnings.warn(f"{operation}: {reason} The plain PyTorch form runs instead, slower.", stacklevel=4)
+
+
+@cache
+def _log_once(operation: str, backend: Backend) -> None:
+    _log.debug("%s runs in its %s form", operation, backend)
