@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from longspan.data_pipeline import statistics
-from longspan.data_pipeline.corpus_config import CorpusConfig, FolderConfig, PibleConfig, SourceConfig
+from longspan.data_pipeline.corpus_config import CorpusConfig, FolderConfig, PackagesConfig, PibleConfig, SourceConfig
 from longspan.data_pipeline.manifest import MANIFEST_NAME, SCHEMA_NAME, Manifest, SourceEntry, Split, did_you_mean
 from longspan.data_pipeline.shards import SHARD_NAME, PackedDocument, write_shards
 from longspan.data_pipeline.sources.books import read_books
 from longspan.data_pipeline.sources.folder import read_folder
+from longspan.data_pipeline.sources.packages import read_packages
 from longspan.data_pipeline.sources.standard_library import read_standard_library
 from longspan.data_pipeline.sources.text import SourceText
 from longspan.data_pipeline.verify import verify_corpus
@@ -79,6 +80,8 @@ def _read(source: SourceConfig, progress: Callable[[str], None]) -> SourceText:
         return read_books(source)
     if isinstance(source, FolderConfig):
         return read_folder(source)
+    if isinstance(source, PackagesConfig):
+        return read_packages(source)
     return read_standard_library(source)
 
 

@@ -60,7 +60,37 @@ class FolderConfig(_SourceConfig):
         return pattern
 
 
-SourceConfig = Annotated[PibleConfig | StandardLibraryConfig | FolderConfig, Field(discriminator="kind")]
+class PackageConfig(Schema):
+    """One package of a registry, pinned by version and by what is in it."""
+
+    name: str = Field(pattern=r"^@?[A-Za-z0-9][A-Za-z0-9._/+-]*$", description="name in the registry")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+~:-]*$", description="exact version")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="of its documents, one after another; the build prints it if unset"
+    )
+
+
+class PackagesConfig(_SourceConfig):
+    """Files of packages of pip (wheels that run anywhere), npm or Debian."""
+
+    kind: Literal["packages"]
+    registry: Literal["pypi", "npm", "debian"] = Field(description="whose client fetches: pip, npm or apt-get")
+    packages: tuple[PackageConfig, ...] = Field(min_length=1, description="packages, in this order")
+    form: Literal["repository", "book", "files"] = Field(
+        description="repository: one document a package, files with path headers; book: the same without headers; "
+        "files: one document a file"
+    )
+    format: Literal["text", "html", "json", "r"] = Field("text", description="of the files; json: their field `text`")
+    include: tuple[str, ...] = Field(min_length=1, description="which files (patterns on the path; * also matches /)")
+    exclude: tuple[str, ...] = Field((), description="which of them not")
+    max_file_bytes: int = Field(2**24, ge=1, description="longer files are left out: tables and generated code")
+    min_document_bytes: int = Field(1, ge=1, description="shorter documents are left out")
+    licence: str = Field("the packages' own", description="copied into the manifest")
+
+
+SourceConfig = Annotated[
+    PibleConfig | StandardLibraryConfig | FolderConfig | PackagesConfig, Field(discriminator="kind")
+]
 
 
 class CorpusConfig(Schema):
