@@ -35,7 +35,8 @@ def find_recipe(path: str | Path) -> Path:
         raise UsageError(f"{path} is a folder, not a recipe. Name a YAML file.")
     known = sorted(f"configs/{p.relative_to(PACKAGED_CONFIGS)}" for p in PACKAGED_CONFIGS.rglob("*.yaml"))
     near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.6)
-    advice = f"Did you mean {', '.join(near)}?" if near else f"Packaged recipes: {', '.join(known)}."
+    listed = ", ".join(name for name in known if not name.startswith("configs/model/"))
+    advice = f"Did you mean {', '.join(near)}?" if near else f"Packaged recipes: {listed}; models in configs/model/."
     raise UsageError(f"no recipe at {path}. {advice}")
 
 

@@ -169,7 +169,8 @@ def test_a_wrong_command_line(refused: Callable[..., str], arguments: list[str],
 
 def test_a_recipe_that_is_like_no_other_gets_the_list(refused: Callable[..., str]) -> None:
     message = refused("train", "zzz.yaml")
-    assert message.startswith("no recipe at zzz.yaml. Packaged recipes: configs/data/quickstart.yaml, ")
+    assert message.startswith("no recipe at zzz.yaml. Packaged recipes: configs/data/")
+    assert "configs/quickstart.yaml" in message and message.endswith("; models in configs/model/.")
 
 
 def test_shards_that_are_not_there_name_the_command_that_puts_them_there(refused: Callable[..., str]) -> None:
