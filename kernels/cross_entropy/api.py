@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError
+from longspan.kernels import backend
 from longspan.kernels.cross_entropy.reference import chunked_nll, scaled_logits
 
 __all__ = ["scaled_logits", "token_nll"]
@@ -13,7 +15,8 @@ __all__ = ["scaled_logits", "token_nll"]
 def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each label under softmax(y E^T / sqrt(D)), in nats.
 
-    Logits of a long input are never all in memory: they are made a chunk of tokens at a time.
+    Logits of a long input are never all in memory: they are made a chunk of tokens at a time. The fused form computes
+    gradients in the forward pass, for a loss that is a sum over tokens; for any other it computes them again.
 
     Args:
         hidden: [B, T, D].
@@ -21,11 +24,22 @@ def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         labels: int64 [B, T]; -100 = no loss.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 input), 0 where the label is -100.
+        [B, T] fp32 (fp64 for fp64 input), 0 where the label is -100. Other labels outside of [0, V) are an error of
+        the device, or give NaN.
 
     Raises:
         ShapeError: labels and hidden have different leading shapes.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ShapeError(f"labels are {list(labels.shape)}, hidden vectors {list(hidden.shape)}: [B, T] and [B, T, D].")
-    return chunked_nll(hidden.flatten(0, -2), embedding, labels.flatten()).view_as(labels)
+    unsupported = None
+    if hidden.dtype == torch.float64:
+        unsupported = "the kernel computes in fp32 and these tensors are fp64."
+    elif hidden.dtype != embedding.dtype:
+        unsupported = f"hidden vectors are {hidden.dtype}, the embedding {embedding.dtype}."
+    rows = hidden.flatten(0, -2)
+    if backend.choose("cross_entropy", hidden, embedding, labels, unsupported=unsupported) == "triton":
+        from longspan.kernels.cross_entropy.autograd import fused_nll
+
+        return fused_nll(rows, embedding, labels.flatten()).view_as(labels)
+    return chunked_nll(rows, embedding, labels.flatten()).view_as(labels)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from poison import poisoned_memory, relative_error
 from torch.autograd.graph import saved_tensors_hooks
 
 from longspan.errors import ShapeError
+from longspan.kernels.backend import forced
 from longspan.kernels.cross_entropy.api import scaled_logits, token_nll
 from longspan.kernels.cross_entropy.reference import chunked_nll
 
 DIM, VOCAB = 8, 11
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
 
 def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,3 +67,115 @@ def test_labels_of_another_shape_are_refused() -> None:
     hidden, embedding, labels = inputs(6)
     with pytest.raises(ShapeError, match=r"\[1, 5\]"):
         token_nll(hidden[None], embedding, labels[None, :5])
+
+
+# --- the fused form, interpreted -------------------------------------------------------------------------------------
+
+
+def fused_inputs(rows: int, tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(vocab)
+    hidden = 3 * torch.randn(rows, tokens, DIM, generator=g, dtype=torch.float64)
+    embedding = torch.randn(vocab, DIM, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, vocab, (rows, tokens), generator=g)
+    labels[:, ::5] = -100
+    return hidden, embedding, labels
+
+
+def run(
+    hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor, loss: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Losses, and gradients of a loss that is the same number for all tokens, or not."""
+    hidden, embedding = (x.to(dtype).requires_grad_() for x in (hidden, embedding))
+    nll = token_nll(hidden, embedding, labels)
+    if loss == "sum":
+        total = nll.sum() * 0.37
+    elif loss == "mean of rows":
+        total = (nll.mean(1) * torch.arange(1, labels.shape[0] + 1)).sum()
+    else:
+        total = (nll * torch.linspace(-1, 2, labels.numel(), dtype=nll.dtype).view_as(nll)).sum()
+    return [nll, *torch.autograd.grad(total, [hidden, embedding])]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("loss", ["sum", "mean of rows", "weighted"])
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 9), (1, 23), (3, 1)])
+@pytest.mark.parametrize("max_chunk", [2**28, 5 * 37])
+def test_fused_form_equals_fp64(
+    loss: str, rows: int, tokens: int, max_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longspan.kernels.cross_entropy.autograd.MAX_CHUNK_LOGITS", max_chunk)
+    tensors = fused_inputs(rows, tokens, 37)
+    want = run(*tensors, loss, torch.float64)
+    with forced("triton"), poisoned_memory():
+        ours = run(*tensors, loss, torch.float32)
+    for number, (a, b) in enumerate(zip(ours, want, strict=True)):
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 1e-5, number
+    ignored = tensors[2] == -100
+    assert (ours[0][ignored] == 0).all() and (ours[1][ignored] == 0).all()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("vocab", [1, 384, 513, 1100])
+def test_every_way_to_walk_along_the_vocabulary(vocab: int) -> None:
+    from longspan.kernels.cross_entropy.triton import Config, nll_of_logits
+
+    logits = 4 * torch.randn(6, vocab, dtype=torch.float64)
+    labels = torch.randint(0, vocab, (6,))
+    labels[2] = -100
+    x = logits.clone().requires_grad_()
+    want = torch.nn.functional.cross_entropy(0.5 * x, labels, reduction="none")
+    (gradient,) = torch.autograd.grad((want * torch.arange(6)).sum(), x)
+    for config in (Config(32768, 16), Config(256, 2)):
+        ours, nll = logits.float(), torch.full((6,), torch.nan)
+        nll_of_logits(ours, labels, 0.5, nll, gradient=True, weight=torch.arange(6.0), config=config)
+        assert relative_error(nll, want) < 1e-5
+        assert relative_error(ours, gradient) < 1e-5
+        assert not ours[2].any()
+
+
+@needs_interpreter
+def test_only_what_is_wanted_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation makes no gradients; a frozen embedding gets none."""
+    from longspan.kernels.cross_entropy import autograd
+
+    asked: list[bool] = []
+    right = autograd.nll_of_logits
+
+    def spy(*args: object, **kwargs: object) -> None:
+        asked.append(bool(kwargs["gradient"]))
+        right(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(autograd, "nll_of_logits", spy)
+    hidden, embedding, labels = fused_inputs(2, 5, 37)
+    hidden, embedding = hidden.float().requires_grad_(), embedding.float()
+    with forced("triton"):
+        with torch.no_grad():
+            token_nll(hidden, embedding, labels)
+        assert asked == [False]
+        nll = token_nll(hidden, embedding, labels)
+        assert asked == [False, True]
+        nll.sum().backward()
+        assert asked == [False, True], "the backward pass of a sum computes nothing again"
+        assert hidden.grad is not None and embedding.grad is None
+        token_nll(hidden, embedding, labels).square().sum().backward()
+        assert asked == [False, True, True, True]
+
+
+@needs_interpreter
+def test_labels_outside_the_vocabulary_and_nan_give_nan() -> None:
+    hidden, embedding, labels = fused_inputs(1, 6, 37)
+    labels[0, 1:4] = torch.tensor([37, -1, 3])
+    hidden[0, 4] = torch.nan
+    with forced("triton"):
+        nll = token_nll(hidden.float(), embedding.float(), labels)
+    assert nll.isnan().tolist() == [[False, True, True, False, True, False]]
+
+
+@needs_interpreter
+def test_no_tokens() -> None:
+    hidden, embedding = torch.zeros(2, 0, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
+    with forced("triton"):
+        nll = token_nll(hidden, embedding, torch.zeros(2, 0, dtype=torch.int64))
+        nll.sum().backward()
+    assert nll.shape == (2, 0) and not embedding.grad.any()

@@ -1,0 +1,1 @@
+"""RMS normalisation with the residual sum and the dropout around it."""

@@ -1,0 +1,99 @@
+"""Public functions of the norms around a residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ShapeError
+from longspan.kernels import backend
+from longspan.kernels.norm import reference
+from longspan.kernels.norm.reference import multiply_tiled
+
+__all__ = ["add_rms_norm", "multiply_tiled", "residual_rms_norm", "rms_norm"]
+
+MAX_DIM = 16384  # one row stays in the registers of one program
+
+
+def rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """RMS(x) * weight (arXiv:1910.07467), times a dropout mask that is shared by all rows.
+
+    Statistics are computed in fp32 (fp64 for fp64 input); the gradient of `weight` is deterministic.
+
+    Args:
+        x: [..., D]; with a mask [..., T, D].
+        weight: [D].
+        mask: [M, D] multipliers, M <= T, token t takes row t mod M; None = no dropout. Gets no gradient.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ShapeError: the widths differ.
+    """
+    if _choose(x, None, weight, mask) == "triton":
+        from longspan.kernels.norm.triton import residual_norm
+
+        return residual_norm(x, None, weight, mask)[1]
+    return reference.rms_norm(x, weight, mask)
+
+
+def residual_rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x itself and its norm, so that both gradients of x meet in one kernel.
+
+    Args:
+        x, weight, mask: as in `rms_norm`.
+
+    Returns:
+        x; RMS(x) * weight * mask.
+
+    Raises:
+        ShapeError: the widths differ.
+    """
+    if _choose(x, None, weight, mask) == "triton":
+        from longspan.kernels.norm.triton import residual_norm
+
+        return residual_norm(x, None, weight, mask)
+    return x, reference.rms_norm(x, weight, mask)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The residual sum and its norm in one pass; the gradients of x and delta are one tensor.
+
+    Args:
+        x: [..., D]; with a mask [..., T, D].
+        delta: like x.
+        weight, mask: as in `rms_norm`.
+
+    Returns:
+        s = x + delta; RMS(s) * weight * mask.
+
+    Raises:
+        ShapeError: x and delta differ in shape, or the widths do.
+    """
+    if x.shape != delta.shape:
+        raise ShapeError(f"x is {list(x.shape)}, delta {list(delta.shape)}: add_rms_norm needs equal shapes.")
+    if _choose(x, delta, weight, mask) == "triton":
+        from longspan.kernels.norm.triton import residual_norm
+
+        return residual_norm(x, delta, weight, mask)
+    total = x + delta
+    return total, reference.rms_norm(total, weight, mask)
+
+
+def _choose(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None) -> backend.Backend:
+    dim = x.shape[-1]
+    if weight.shape != (dim,) or (mask is not None and (mask.dim() != 2 or mask.shape[1] != dim)):
+        mask_shape = None if mask is None else list(mask.shape)
+        raise ShapeError(
+            f"x is {list(x.shape)}, weight {list(weight.shape)}, mask {mask_shape}: expected [..., D], [D], [M, D]."
+        )
+    unsupported = None
+    if dim > MAX_DIM:
+        unsupported = f"the kernel takes widths up to {MAX_DIM}, this is {dim}."
+    elif torch.float64 in (x.dtype, weight.dtype):
+        unsupported = "the kernel computes in fp32 and these tensors are fp64."
+    elif delta is not None and delta.dtype != x.dtype:
+        unsupported = f"x is {x.dtype}, delta {delta.dtype}."
+    tensors = [tensor for tensor in (x, delta, weight, mask) if tensor is not None]
+    return backend.choose("rms_norm", *tensors, unsupported=unsupported)

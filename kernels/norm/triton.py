@@ -1,0 +1,273 @@
+"""RMS normalisation of a residual stream in Triton: one pass forward, one pass backward.
+
+Letters: N rows (all tokens of all sequences), T tokens of one sequence, D width, M tokens of the dropout tile.
+The backward pass reads x again instead of a saved factor: the row is in registers anyway. The weight's gradient is
+summed by a fixed number of programs, each over the same rows every time, and then over the programs in a fixed order.
+"""
+
+# mypy: allow-untyped-defs
+# arguments of kernels are pointers, numbers and constants of the compiler's own types
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.kernels.norm.reference import EPSILON
+
+NUM_PARTIALS = 512  # programs of the backward pass, whatever the device
+_REDUCE_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Work of one program: elements of x in registers at a time, and warps."""
+
+    elements: int
+    num_warps: int
+
+
+FORWARD_CONFIGS = (Config(4096, 4), Config(2048, 4), Config(8192, 8), Config(4096, 8))
+BACKWARD_CONFIGS = (Config(2048, 4), Config(4096, 4), Config(4096, 8), Config(1024, 2))
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "tile_tokens"])
+def norm_fwd_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    mask_ptr,
+    total_ptr,
+    h_ptr,
+    rows,
+    tokens,
+    tile_tokens,
+    EPS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """h = RMS(x + delta) * weight * mask and, with a delta, total = x + delta: [N, D]."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_DIM)
+    inside = (row < rows)[:, None] & (column < DIM)[None, :]
+    offset = row.to(tl.int64)[:, None] * DIM + column[None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        x += tl.load(delta_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offset, total, mask=inside)
+        x = total.to(tl.float32)  # what the backward pass will see
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + EPS)
+    weight = tl.load(weight_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
+    h = x * factor[:, None] * weight[None, :]
+    if HAS_MASK:
+        tile_row = (row % tokens) % tile_tokens
+        h *= tl.load(mask_ptr + tile_row[:, None] * DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(h_ptr + offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "tile_tokens"])
+def norm_bwd_kernel(
+    x_ptr,
+    weight_ptr,
+    mask_ptr,
+    dresidual_ptr,
+    dh_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    tokens,
+    tile_tokens,
+    EPS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """dx = dresidual + backward of the norm at dh; partial [programs, D]: this program's part of dweight, fp32."""
+    column = tl.arange(0, BLOCK_DIM)
+    weight = tl.load(weight_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & (column < DIM)[None, :]
+        offset = row.to(tl.int64)[:, None] * DIM + column[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            dresidual = tl.load(dresidual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        if HAS_MASK:
+            tile_row = (row % tokens) % tile_tokens
+            dh *= tl.load(mask_ptr + tile_row[:, None] * DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + EPS)
+        normal = x * factor[:, None]
+        dweight += dh * normal
+        dnormal = dh * weight[None, :]
+        mean = tl.sum(dnormal * normal, axis=1) / DIM
+        dx = (dnormal - normal * mean[:, None]) * factor[:, None]
+        if HAS_RESIDUAL:
+            dx += dresidual
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(0) * DIM + column, tl.sum(dweight, axis=0), mask=column < DIM)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr, out_ptr, DIM: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """out [D] = sum over the first axis of partial [NUM_PARTIALS, D]."""
+    row = tl.arange(0, NUM_PARTIALS)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (column < DIM)[None, :]
+    part = tl.load(partial_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + column, tl.sum(part, axis=0).to(out_ptr.dtype.element_ty), mask=column < DIM)
+
+
+def _tile(config: Config, dim: int) -> dict[str, Any]:
+    block_dim = triton.next_power_of_2(dim)
+    return {
+        "BLOCK_ROWS": max(1, config.elements // block_dim),
+        "BLOCK_DIM": block_dim,
+        "num_warps": max(config.num_warps, min(32, block_dim // 1024)),
+    }
+
+
+def _sizes(x: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
+    """Rows, tokens of one sequence, tokens of the mask's tile."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return rows, rows if mask is None else max(1, x.shape[-2]), 1 if mask is None else mask.shape[0]
+
+
+def norm_forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None, config: Config = FORWARD_CONFIGS[0]
+) -> tuple[Tensor, Tensor]:
+    """The forward pass without autograd.
+
+    Args:
+        x: [..., D], contiguous; with a mask [..., T, D].
+        delta: like x, contiguous, or None.
+        weight: [D].
+        mask: [M, D], contiguous, or None.
+        config: one of FORWARD_CONFIGS.
+
+    Returns:
+        total = x + delta (x itself without delta); RMS(total) * weight * mask.
+    """
+    dim = x.shape[-1]
+    rows, tokens, tile_tokens = _sizes(x, mask)
+    total = x if delta is None else torch.empty_like(x)
+    h = torch.empty_like(x)
+    tile = _tile(config, dim)
+    norm_fwd_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
+        x,
+        delta,
+        weight,
+        mask,
+        total,
+        h,
+        rows,
+        tokens,
+        tile_tokens,
+        EPS=EPSILON,
+        DIM=dim,
+        HAS_DELTA=delta is not None,
+        HAS_MASK=mask is not None,
+        **tile,
+    )
+    return total, h
+
+
+def norm_backward(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    dresidual: Tensor | None,
+    dh: Tensor,
+    config: Config = BACKWARD_CONFIGS[0],
+) -> tuple[Tensor, Tensor]:
+    """The backward pass.
+
+    Args:
+        x: [..., D], contiguous: the normalised sum.
+        weight, mask: as in the forward pass.
+        dresidual: like x, contiguous: gradient of x that does not come through the norm; None = zero.
+        dh: like x, contiguous: gradient of the norm.
+        config: one of BACKWARD_CONFIGS.
+
+    Returns:
+        Gradients of x (like x) and of the weight ([D], in its type).
+    """
+    dim = x.shape[-1]
+    rows, tokens, tile_tokens = _sizes(x, mask)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    partial = torch.empty(NUM_PARTIALS, dim, dtype=torch.float32, device=x.device)
+    norm_bwd_kernel[(NUM_PARTIALS,)](
+        x,
+        weight,
+        mask,
+        dresidual,
+        dh,
+        dx,
+        partial,
+        rows,
+        tokens,
+        tile_tokens,
+        EPS=EPSILON,
+        DIM=dim,
+        HAS_RESIDUAL=dresidual is not None,
+        HAS_MASK=mask is not None,
+        **_tile(config, dim),
+    )
+    sum_partials_kernel[(triton.cdiv(dim, _REDUCE_COLUMNS),)](
+        partial, dweight, DIM=dim, NUM_PARTIALS=NUM_PARTIALS, BLOCK_COLUMNS=_REDUCE_COLUMNS, num_warps=4
+    )
+    return dx, dweight
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.has_delta = delta is not None
+        total, h = norm_forward(x, delta, weight, mask)
+        ctx.save_for_backward(total, weight, mask)
+        return total, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, mask = ctx.saved_tensors
+        dweight = None
+        dx = dtotal
+        if dh is not None:
+            dresidual = None if dtotal is None else dtotal.contiguous()
+            dx, dweight = norm_backward(total, weight, mask, dresidual, dh.contiguous())
+        return dx, dx if ctx.has_delta else None, dweight, None
+
+
+def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Residual sum and norm with gradients.
+
+    Args:
+        x: [..., D]; with a mask [..., T, D].
+        delta: like x, or None.
+        weight: [D].
+        mask: [M, D], or None; gets no gradient.
+
+    Returns:
+        x + delta (x itself without delta); RMS(x + delta) * weight * mask.
+    """
+    delta = None if delta is None else delta.contiguous()
+    return _ResidualNorm.apply(x.contiguous(), delta, weight, None if mask is None else mask.contiguous())

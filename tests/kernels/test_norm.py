@@ -1,0 +1,124 @@
+"""RMS normalisation: the Triton form (interpreted, fp32) against plain PyTorch in fp64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from poison import poisoned_memory, relative_error
+from torch import Tensor
+
+from longspan.errors import ShapeError
+from longspan.kernels.backend import forced
+from longspan.kernels.norm import reference
+from longspan.kernels.norm.api import add_rms_norm, multiply_tiled, residual_rms_norm, rms_norm
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run one after another."""
+    monkeypatch.setattr("longspan.kernels.norm.triton.NUM_PARTIALS", 4)
+
+
+def inputs(shape: tuple[int, ...], tile: int | None) -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(sum(shape))
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
+    return {
+        "x": draw(*shape),
+        "delta": draw(*shape),
+        "weight": 1 + 0.3 * draw(shape[-1]),
+        "mask": None if tile is None else (draw(tile, shape[-1]) > -1).double() * 1.25,
+        "d_total": draw(*shape),
+        "d_h": draw(*shape),
+    }
+
+
+def run(kind: str, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients of everything that has one."""
+    t = {name: None if x is None else x.to(dtype).clone() for name, x in tensors.items()}
+    x, delta, weight = (t[name].requires_grad_() for name in ("x", "delta", "weight"))
+    # the inputs are inner nodes of the graph, as in a model, and non-contiguous
+    inner = [y.transpose(0, -1).contiguous().transpose(0, -1) * 1 for y in (x, delta)]
+    if kind == "norm":
+        outputs: tuple[Tensor, ...] = (rms_norm(inner[0], weight, t["mask"]),)
+    elif kind == "residual":
+        outputs = residual_rms_norm(inner[0], weight, t["mask"])
+    else:
+        outputs = add_rms_norm(*inner, weight, t["mask"])
+    incoming = [t["d_total"], t["d_h"]][-len(outputs) :]
+    wanted = [x, weight] if kind != "add" else [x, delta, weight]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, incoming)]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", ["norm", "residual", "add"])
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [((2, 5, 16), None), ((3, 11, 24), 4), ((1, 1, 3), 1), ((2, 9, 33), 9), ((7, 130), None), ((2, 3, 1500), 2)],
+)
+def test_triton_equals_fp64(kind: str, shape: tuple[int, ...], tile: int | None) -> None:
+    tensors = inputs(shape, tile)
+    want = run(kind, tensors, torch.float64)
+    with forced("triton"), poisoned_memory():
+        ours = run(kind, tensors, torch.float32)
+    for number, (a, b) in enumerate(zip(ours, want, strict=True)):
+        assert relative_error(a, b) < 1e-5, number
+
+
+@needs_interpreter
+def test_one_used_output_is_enough() -> None:
+    """The sum without the norm, and the norm without the sum."""
+    tensors = inputs((2, 5, 16), 4)
+    for used in (0, 1):
+        found = []
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "triton")):
+            x, delta, weight = (tensors[n].to(dtype).requires_grad_() for n in ("x", "delta", "weight"))
+            with forced(backend):
+                out = add_rms_norm(x * 1, delta * 1, weight, tensors["mask"].to(dtype))[used]
+            found.append(torch.autograd.grad(out.square().sum(), [x, delta, weight], materialize_grads=True))
+        for want, ours in zip(*found, strict=True):
+            assert torch.allclose(ours.double(), want, atol=1e-4)
+
+
+@needs_interpreter
+def test_no_rows() -> None:
+    with forced("triton"):
+        weight = torch.ones(8, requires_grad=True)
+        total, h = add_rms_norm(torch.zeros(2, 0, 8), torch.zeros(2, 0, 8), weight)
+        h.sum().backward()
+    assert total.shape == h.shape == (2, 0, 8)
+    assert torch.equal(weight.grad, torch.zeros(8))
+
+
+@needs_interpreter
+def test_not_a_number_stays_in_its_row() -> None:
+    x = torch.randn(3, 8)
+    x[1, 2] = torch.nan
+    with forced("triton"):
+        h = rms_norm(x, torch.ones(8))
+    assert h[1].isnan().all() and h[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 10, 3])
+def test_multiply_tiled_is_dropout_of_a_repeated_mask(tokens: int) -> None:
+    mask = torch.rand(min(4, tokens), 6)
+    x = torch.rand(2, tokens, 6)
+    want = torch.stack([x[:, t] * mask[t % mask.shape[0]] for t in range(tokens)], dim=1)
+    assert torch.equal(multiply_tiled(x, mask), want)
+
+
+def test_fp64_and_cpu_run_the_reference() -> None:
+    x, weight = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    assert torch.equal(rms_norm(x, weight), reference.rms_norm(x, weight))
+    with forced("triton"), pytest.warns(UserWarning, match="fp64"):
+        assert torch.equal(rms_norm(x, weight), reference.rms_norm(x, weight))
+
+
+def test_wrong_shapes_are_named() -> None:
+    with pytest.raises(ShapeError, match=r"weight \[7\]"):
+        rms_norm(torch.zeros(2, 8), torch.ones(7))
+    with pytest.raises(ShapeError, match=r"mask \[4, 7\]"):
+        residual_rms_norm(torch.zeros(2, 8), torch.ones(8), torch.ones(4, 7))
+    with pytest.raises(ShapeError, match=r"delta \[2, 4\]"):
+        add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 4), torch.ones(8))
