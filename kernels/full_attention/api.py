@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.errors import ShapeError
-from longspan.kernels.full_attention.reference import attend_context, rotate
+from longspan.kernels.full_attention.reference import attend_context
+from longspan.kernels.rotary import rotate
 
 
 def full_attention(

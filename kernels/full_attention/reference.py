@@ -9,30 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.kernels.window_attention.reference import at_least_fp32
-
-ROTARY_BASE = 10000.0
 QUERY_CHUNK_TOKENS = 512
-
-
-def rotate(x: Tensor, first: int) -> Tensor:
-    """Rotary positions first, first+1, ... (arXiv:2104.09864): halves of a head are the pairs.
-
-    Args:
-        x: [B, T, H, Dh], Dh even.
-        first: position of the first token.
-
-    Returns:
-        [B, T, H, Dh] in x's dtype.
-    """
-    half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    # fp64: at position 4096 the rounding of an fp32 angle alone moves logits by 2e-5
-    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angle = torch.arange(first, first + x.shape[1], dtype=torch.float64, device=x.device)[:, None] * frequency
-    cos, sin = angle.cos().to(wide)[:, None, :], angle.sin().to(wide)[:, None, :]
-    a, b = at_least_fp32(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def attend_context(

@@ -2,64 +2,90 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError
-from longspan.kernels.window_attention.reference import (
-    attend_anywhere,
-    attend_windows,
-    l2_normalise,
-    last_window,
-)
+from longspan.kernels.backend import choose
+from longspan.kernels.window_attention.reference import NUM_BUCKETS, Positions, attend_segment
+from longspan.kernels.window_attention.support import unsupported
 
 
 def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cached_keys: Tensor,
     cached_values: Tensor,
-    bias_table: Tensor,
+    bias_table: Tensor | None,
     scale: Tensor,
     *,
     reset: Tensor,
     reset_grid: int = 1,
     drop: Tensor | None = None,
+    positions: Positions = "t5",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention to exactly the W earlier tokens of each token, itself not included (arXiv:2203.07852).
 
     Queries and keys are l2-normalised per head; logit = (q . k + T5 bias of the distance) * |scale|. Positions
     before a document's start are null keys: zero key and value, not masked, so their logit is the bias alone.
+    With positions "rope" queries and keys are rotated by their place (arXiv:2104.09864) instead of the bias, and
+    the logit of a null key is 0.
+
+    Gradients are the same in every run, bit by bit. The gradient of qkv is one packed tensor.
 
     Args:
-        q, k, v: [B, T, H, Dh], as projected; any T.
-        cached_keys, cached_values: [B, W, H, Dh] of the W tokens before, keys normalised; zero before a document.
-        bias_table: [H, 32].
+        qkv: [B, T, 3, H, Dh], queries, keys and values as projected; any T > 0.
+        cached_keys, cached_values: [B, W, H, Dh] of the W tokens before, keys normalised and not rotated; zero
+            before a document.
+        bias_table: [H, 32] with positions "t5", None with "rope".
         scale: [H].
         reset: bool [B, T], a document starts with this token.
-        reset_grid: resets fall on multiples of this many tokens only. A multiple of W is fastest.
+        reset_grid: resets fall on multiples of this many tokens only; the plain form is fastest if W divides it.
         drop: [H, W, 2W] multiplier of the probabilities, shared by rows and blocks; None: no dropout.
+        positions: "t5" or "rope".
 
     Returns:
         out [B, T, H, Dh]; keys, values [B, W, H, Dh]: the cache for the next call.
 
     Raises:
-        ShapeError: q, cache and reset do not fit together.
+        ShapeError: the tensors do not fit together, have no rows or tokens, or are on different devices.
     """
-    window = cached_keys.shape[1]
-    if q.shape[:2] != reset.shape or cached_keys.shape != (q.shape[0], window, *q.shape[2:]):
+    _check(qkv, cached_keys, cached_values, bias_table, scale, reset, drop, positions)
+    given = [x for x in (bias_table, drop) if x is not None]
+    form = choose(
+        "window_attention", qkv, cached_keys, cached_values, scale, reset, *given, unsupported=unsupported(qkv)
+    )
+    if form == "triton":
+        from longspan.kernels.window_attention.fused import fused_window_attention
+
+        return fused_window_attention(qkv, cached_keys, cached_values, bias_table, scale, reset, drop)
+    return attend_segment(qkv, cached_keys, cached_values, bias_table, scale, reset, reset_grid, drop)
+
+
+def _check(
+    qkv: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    bias_table: Tensor | None,
+    scale: Tensor,
+    reset: Tensor,
+    drop: Tensor | None,
+    positions: Positions,
+) -> None:
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape:
+        raise ShapeError(f"qkv is {list(qkv.shape)}: it must be [B, T, 3, H, Dh] with at least one row and one token.")
+    rows, tokens, _, heads, width = qkv.shape
+    window = cached_keys.shape[1] if cached_keys.ndim == 4 else 0
+    cache = (rows, window, heads, width)
+    if window == 0 or reset.shape != (rows, tokens) or cached_keys.shape != cache or cached_values.shape != cache:
         raise ShapeError(
-            f"q is {list(q.shape)}, the cache {list(cached_keys.shape)}, reset {list(reset.shape)}: they must be "
-            "[B, T, H, Dh], [B, W, H, Dh] and [B, T]. Pass the state of the same rows."
+            f"qkv is {list(qkv.shape)}, the cache {list(cached_keys.shape)} and {list(cached_values.shape)}, reset "
+            f"{list(reset.shape)}: they must be [B, T, 3, H, Dh], twice [B, W, H, Dh], and [B, T]. Pass the state of "
+            "the same rows."
         )
-    q = l2_normalise(q, scale)
-    keys = torch.cat([cached_keys, l2_normalise(k)], dim=1)
-    values = torch.cat([cached_values, v], dim=1)
-    bias_of = (bias_table, scale)
-    # asking costs one device synchronisation, the general form many passes over the scores
-    if reset_grid % window == 0 or not bool(reset.any()):
-        out = attend_windows(q, keys, values, bias_of, reset[:, ::window], drop)
-    else:
-        out = attend_anywhere(q, keys, values, bias_of, reset, drop)
-    return out, last_window(keys, reset, window), last_window(values, reset, window)
+    if (bias_table is None) != (positions == "rope"):
+        raise ShapeError(f"positions = {positions!r}: give a bias table with 't5', None with 'rope'.")
+    if bias_table is not None and bias_table.shape != (heads, NUM_BUCKETS):
+        raise ShapeError(f"the bias table is {list(bias_table.shape)}: it must be [H, 32] = {[heads, NUM_BUCKETS]}.")
+    if scale.shape != (heads,):
+        raise ShapeError(f"scale is {list(scale.shape)}: it must be [H] = [{heads}].")
+    if drop is not None and drop.shape != (heads, window, 2 * window):
+        raise ShapeError(f"drop is {list(drop.shape)}: it must be [H, W, 2W] = {[heads, window, 2 * window]}.")

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from longspan.kernels.rotary import rotate
+
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
 MASKED = -1e6
+Positions = Literal["t5", "rope"]
 # In the exact softmax of the paper's code a further logit of -1000 takes part, so that a row without any key
 # gives 0. Here every query has W keys (null keys are keys) with logits far above it: the term is exactly 0 in
 # fp32 and is left out.
@@ -138,6 +142,39 @@ def last_window(full: Tensor, reset: Tensor, window: int) -> Tensor:
     first = later_starts[:, :1].expand(-1, full.shape[1] - reset.shape[1])  # tokens of the old cache
     stale = torch.cat([first, stale], dim=1)[:, -window:] > 0
     return full[:, -window:].masked_fill(stale[:, :, None, None], 0.0)
+
+
+def attend_segment(
+    qkv: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    bias_table: Tensor | None,
+    scale: Tensor,
+    reset: Tensor,
+    reset_grid: int,
+    drop: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`api.window_attention` in plain PyTorch; arguments as there, bias_table None for rotary positions.
+
+    Returns:
+        out [B, T, H, Dh]; keys, values [B, W, H, Dh]: the cache for the next call.
+    """
+    window = cached_keys.shape[1]
+    q, k, v = qkv.unbind(2)
+    q = l2_normalise(q, scale)
+    keys = torch.cat([cached_keys, l2_normalise(k)], dim=1)
+    values = torch.cat([cached_values, v], dim=1)
+    turned = keys
+    if bias_table is None:
+        q, turned = rotate(q, window), rotate(keys, 0)
+        bias_table = scale.new_zeros(scale.shape[0], NUM_BUCKETS)
+    bias_of = (bias_table, scale)
+    # asking costs one device synchronisation, the general form many passes over the scores
+    if reset_grid % window == 0 or not bool(reset.any()):
+        out = attend_windows(q, turned, values, bias_of, reset[:, ::window], drop)
+    else:
+        out = attend_anywhere(q, turned, values, bias_of, reset, drop)
+    return out, last_window(keys, reset, window), last_window(values, reset, window)
 
 
 def attend_windows(

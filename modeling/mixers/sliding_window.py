@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS
@@ -33,7 +34,9 @@ class SlidingWindow(StatefulModule):
         self.value = Dense(model.dim, width)
         self.output = Dense(width, model.dim)
         self.scale = nn.Parameter(torch.ones(model.num_heads))
-        self.position_table = normal_parameter(model.num_heads, NUM_BUCKETS, std=NUM_BUCKETS**-0.5)
+        self.positions = layer.positions
+        if layer.positions == "t5":
+            self.position_table = normal_parameter(model.num_heads, NUM_BUCKETS, std=NUM_BUCKETS**-0.5)
 
     def state_spec(self) -> SpecTree:
         """keys, values [W, H, Dh] in the compute dtype."""
@@ -42,20 +45,25 @@ class SlidingWindow(StatefulModule):
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss."""
-        q, k, v = (dense(x).unflatten(-1, (self.heads, -1)) for dense in (self.query, self.key, self.value))
+        out, new_state = self.attend(x, state, reset)
+        return self.output(out.flatten(2)), new_state, {}
+
+    def attend(self, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State]:
+        """What the window gives in front of the output projection, [B, T, H, Dh], and the new state."""
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        qkv = F.linear(x, weight).unflatten(-1, (3, self.heads, -1))
         drop = None
         if self.training and self.dropout > 0:
             drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
         out, keys, values = window_attention(
-            q,
-            k,
-            v,
+            qkv,
             state["keys"],
             state["values"],
-            self.position_table,
+            self.position_table if self.positions == "t5" else None,
             self.scale,
             reset=reset,
             reset_grid=self.reset_grid,
             drop=drop,
+            positions=self.positions,
         )
-        return self.output(out.flatten(2)), {"keys": keys, "values": values}, {}
+        return out, {"keys": keys, "values": values}

@@ -42,11 +42,53 @@ def by_token(q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], tabl
     return torch.stack(out), keys[-window:] * last, values[-window:] * last
 
 
+def turned(x: Tensor, position: int) -> Tensor:
+    """[..., Dh] rotated by complex multiplication."""
+    half = x.shape[-1] // 2
+    angle = position * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "blocks", "anywhere"])
+@pytest.mark.parametrize(("window", "tokens"), [(4, 1), (4, 11), (5, 20)])
+def test_rotary_positions_equal_a_loop_over_tokens(window: int, tokens: int, where: str) -> None:
+    """Positions are relative: here they count from the token that attends."""
+    qkv, ck, cv, _, a = inputs(window, tokens)
+    reset = torch.zeros(2, tokens, dtype=torch.bool)
+    if where != "nowhere":
+        reset[1, tokens // window * window // 2 if where == "anywhere" else 0] = True
+    grid = 1 if where == "anywhere" else window
+    out, keys, _ = window_attention(qkv, ck, cv, None, a, reset=reset, reset_grid=grid, positions="rope")
+    for row in range(2):
+        q, k, v = (x[row] for x in qkv.unbind(2))
+        k_all, v_all = torch.cat([ck[row], l2_normalise(k)]), torch.cat([cv[row], v])
+        document = torch.cat([torch.zeros(window, dtype=torch.long), reset[row].long().cumsum(0)])
+        last = document[-window:] == document[-1]
+        assert torch.allclose(keys[row], k_all[-window:] * last[:, None, None], atol=1e-12)
+        for t in range(tokens):
+            seen = torch.arange(t, t + window)
+            known = (document[seen] == document[window + t]).double()[:, None]
+            rotated = torch.stack([turned(k_all[n], int(n) - window - t) for n in seen])
+            logits = (l2_normalise(q[t]) * rotated).sum(-1) * known * a.abs()
+            p = torch.softmax(logits, 0) * known
+            assert torch.allclose(out[row, t], (p[:, :, None] * v_all[seen]).sum(0), atol=1e-12)
+
+
+def test_rotary_positions_and_a_table_exclude_each_other() -> None:
+    qkv, ck, cv, table, scale = inputs(4, 8)
+    reset = torch.zeros(2, 8, dtype=torch.bool)
+    with pytest.raises(ShapeError, match="None with 'rope'"):
+        window_attention(qkv, ck, cv, table, scale, reset=reset, positions="rope")
+    with pytest.raises(ShapeError, match="a bias table with 't5'"):
+        window_attention(qkv, ck, cv, None, scale, reset=reset)
+
+
 def inputs(window: int, tokens: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
-    shapes = [(2, tokens, HEADS, WIDTH)] * 3 + [(2, window, HEADS, WIDTH)] * 2 + [(HEADS, 32), (HEADS,)]
+    shapes = [(2, tokens, 3, HEADS, WIDTH)] + [(2, window, HEADS, WIDTH)] * 2 + [(HEADS, 32), (HEADS,)]
     tensors = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
-    tensors[3] = l2_normalise(tensors[3])
+    tensors[1] = l2_normalise(tensors[1])
     return [tensor.requires_grad_() for tensor in tensors]
 
 
@@ -61,7 +103,8 @@ def test_equals_a_loop_over_tokens_with_gradients(window: int, tokens: int, wher
         reset[0, tokens // 2] = reset[1, [0, tokens // 3, tokens - 1]] = True
     grid = window if where == "blocks" else 1
     got = window_attention(*tensors, reset=reset, reset_grid=grid)
-    q, k, v, ck, cv, table, scale = tensors
+    qkv, ck, cv, table, scale = tensors
+    q, k, v = qkv.unbind(2)
     rows = [by_token(q[r], k[r], v[r], (ck[r], cv[r]), table, scale, reset[r]) for r in range(2)]
     want = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     for ours, theirs in zip(got, want, strict=True):
@@ -105,11 +148,11 @@ def test_geometry_made_in_inference_mode_can_be_trained_with() -> None:
         window_attention(*(x.detach() for x in inputs(7, 14)), reset=torch.zeros(2, 14, dtype=torch.bool))
     tensors = inputs(7, 14)
     window_attention(*tensors, reset=torch.zeros(2, 14, dtype=torch.bool))[0].sum().backward()
-    assert tensors[5].grad is not None
+    assert tensors[3].grad is not None
 
 
 def test_a_cache_of_other_rows_is_refused() -> None:
     tensors = inputs(4, 8)
-    tensors[3] = tensors[3][:1]
+    tensors[1] = tensors[1][:1]
     with pytest.raises(ShapeError, match=r"\[1, 4, 2, 4\]"):
         window_attention(*tensors, reset=torch.zeros(2, 8, dtype=torch.bool))

@@ -1,0 +1,461 @@
+"""Fused window attention: launches of the Triton kernels, and their gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.kernels.rotary import rotary_angles
+from longspan.kernels.window_attention.reference import MAX_DISTANCE, t5_buckets
+from longspan.kernels.window_attention.tiles import Tile, Tiles, choose_tiles
+from longspan.kernels.window_attention.triton_backward import (
+    distance_kernel,
+    finish_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+from longspan.kernels.window_attention.triton_forward import attend_kernel
+from longspan.kernels.window_attention.triton_prepare import REACH_INT, TABLE_PARTS_INT, prepare_kernel, rotate_kernel
+
+PREPARE_TOKENS = 32
+ROUND = 128  # arrays by token are this much longer than a whole number of tiles, so that their reads need no mask
+ROTATE_TOKENS = 32
+FINE_POSITIONS = 1024
+PIECE_TOKENS = 1 << 16  # queries whose tiles near the diagonal are stored at once
+SUM_TILES = 4  # tiles of queries that are added up at once
+SUM_STRIPS = 32
+
+
+def fused_window_attention(
+    qkv: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    bias_table: Tensor | None,
+    scale: Tensor,
+    reset: Tensor,
+    drop: Tensor | None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`api.window_attention` by Triton kernels; arguments as there, bias_table None for rotary positions.
+
+    Two launches forward and four backward (four and five with rotary positions); none waits for the host. Nothing
+    of the size of the scores is kept: saved are qkv, the output and four numbers a token and head; the backward pass
+    stores the scores' gradients near the diagonal for 65,536 tokens at a time.
+
+    Args:
+        tiles: other tile sizes than those of `choose_tiles`.
+
+    Returns:
+        out [B, T, H, Dh]; keys, values [B, W, H, Dh]: the cache for the next call.
+    """
+    cached_keys, cached_values = cached_keys.to(qkv.dtype), cached_values.to(qkv.dtype)
+    tiles = tiles or choose_tiles(qkv.dtype, qkv.shape[-1])
+    with torch.cuda.device_of(qkv):
+        return _WindowAttention.apply(qkv, cached_keys, cached_values, bias_table, scale, reset, drop, tiles)
+
+
+@dataclass
+class _Call:
+    """Tensors of one call, as the kernels take them.
+
+    Args:
+        qkv: [B, T, 3, H, D], the last three dimensions contiguous; queries and keys rotated if there is no table.
+        past: [B, W, any], the cache with the strides of qkv, keys in front; its keys rotated likewise.
+        table: [H, 32] or None; scale: [H]; drop: [H, W, 2W] or None.
+        inv_k, starts, nexts, bias, near_keys, near_queries, nulls, consts: of `prepare_kernel`.
+        out: [B, T, H, D]; lse, inv_q: fp32 [B, H, T rounded up]: what the forward pass leaves for the backward pass.
+    """
+
+    qkv: Tensor
+    past: Tensor
+    table: Tensor | None
+    scale: Tensor
+    drop: Tensor | None
+    inv_k: Tensor
+    starts: Tensor
+    nexts: Tensor
+    bias: Tensor
+    near_keys: Tensor
+    near_queries: Tensor
+    nulls: Tensor
+    consts: Tensor
+    out: Tensor
+    lse: Tensor
+    inv_q: Tensor
+
+    def tensors(self) -> list[Tensor | None]:
+        return list(vars(self).values())
+
+    @property
+    def window(self) -> int:
+        return self.past.shape[1]
+
+    def multipliers(self) -> Tensor:
+        return self.scale if self.drop is None else self.drop  # the kernel wants a tensor anyway
+
+    def settings(self, tile: Tile) -> dict[str, Any]:
+        tokens, window = self.qkv.shape[1], self.window
+        return {
+            "STEP": self.past.shape[2],
+            "H": self.qkv.shape[3],
+            "W": window,
+            "D": self.qkv.shape[4],
+            "BQ": tile.queries,
+            "BK": tile.keys,
+            "ROUND": ROUND,
+            "EVEN": tokens % ROUND == 0 and window % ROUND == 0,
+            "HAS_DROP": self.drop is not None,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cached_keys: Tensor,
+        cached_values: Tensor,
+        table: Tensor | None,
+        scale: Tensor,
+        reset: Tensor,
+        drop: Tensor | None,
+        tiles: Tiles,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call, new_keys, new_values = _prepare(
+            _packed(qkv, qkv[0, 0].numel()), cached_keys, cached_values, table, scale, reset, drop
+        )
+        _attend(call, tiles)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*call.tensors())
+        ctx.tiles = tiles
+        return call.out, new_keys, new_values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call = _Call(*ctx.saved_tensors)
+        go = torch.zeros_like(call.out) if grads[0] is None else _packed(grads[0], call.out[0, 0].numel())
+        dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
+        delta, dtable, dscale = _query_gradient(call, go, dqkv, ctx.tiles)
+        dnew_k, dnew_v = grads[1:]
+        if call.table is None and dnew_k is not None:  # the cache is not rotated, the keys of the kernels are
+            dnew_k = dnew_k.contiguous().unsqueeze(2)
+            dnew_k = _rotate(dnew_k, torch.empty_like(dnew_k), 1, call.qkv.shape[1], 1).squeeze(2)
+        dcache = _key_gradient(call, go, delta, dqkv, (dnew_k, dnew_v), any(ctx.needs_input_grad[1:3]), ctx.tiles)
+        if call.table is None:
+            _rotate(dqkv, dqkv, 2, call.window, -1)
+            if dcache[0] is not None:
+                _rotate(dcache[0].unsqueeze(2), dcache[0].unsqueeze(2), 1, 0, -1)
+        return dqkv, *dcache, dtable, dscale, None, None, None
+
+
+def _packed(x: Tensor, token: int) -> Tensor:
+    """`x` [B, T, ...] itself if its tokens are contiguous pieces of `token` numbers and do not overlap, else a copy."""
+    tidy = x[0, 0].is_contiguous() and (x.shape[1] == 1 or x.stride(1) >= token)
+    return x if tidy else x.contiguous()
+
+
+def _step(x: Tensor, token: int) -> int:
+    """Distance of two tokens of x [B, T, ...] in memory; of a single one any will do."""
+    return x.stride(1) if x.shape[1] > 1 else token
+
+
+@lru_cache(maxsize=8)
+def _buckets(device: torch.device) -> Tensor:
+    """int32 [128]: T5 bucket of each distance that has one of its own."""
+    with torch.inference_mode(False):
+        return t5_buckets(torch.arange(MAX_DISTANCE)).to(device, torch.int32)
+
+
+def _prepare(
+    qkv: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    table: Tensor | None,
+    scale: Tensor,
+    reset: Tensor,
+    drop: Tensor | None,
+) -> tuple[_Call, Tensor, Tensor]:
+    """(call with everything but the output, next cache [B, W, H, D] twice)."""
+    rows, tokens, _, heads, width = qkv.shape
+    window, token = cached_keys.shape[1], heads * width
+    cached_keys = cached_keys.contiguous() if table is None else _packed(cached_keys, token)
+    cached_values = _packed(cached_values, token)
+    turned, turned_keys = (qkv, cached_keys) if table is not None else _turned(qkv, cached_keys)
+    padded, behind = (-(-n // ROUND) * ROUND for n in (tokens, window))
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": qkv.device}
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": qkv.device}
+    # fp16 is finer than bf16 in the range of logits
+    near: dict[str, Any] = {
+        "dtype": torch.float32 if qkv.dtype == torch.float32 else torch.float16,
+        "device": qkv.device,
+    }
+    call = _Call(
+        qkv=turned,
+        past=qkv.new_empty(rows, window, _step(turned, 3 * token)),
+        table=None if table is None else table.contiguous(),
+        scale=scale.contiguous(),
+        drop=None if drop is None else drop.contiguous(),
+        inv_k=torch.empty(rows, heads, behind + padded, **wide),
+        starts=torch.empty(rows, tokens, **whole),
+        nexts=torch.empty(rows, tokens + 1, **whole),
+        bias=torch.empty(heads, MAX_DISTANCE, **wide),
+        near_keys=torch.empty(heads, MAX_DISTANCE, REACH_INT, **near),
+        near_queries=torch.empty(heads, MAX_DISTANCE, REACH_INT, **near),
+        nulls=torch.empty(heads, window + 2, **wide),
+        consts=torch.empty(heads, 4, **wide),
+        out=qkv.new_empty(rows, tokens, heads, width),
+        lse=torch.empty(rows, heads, padded, **wide),
+        inv_q=torch.empty(rows, heads, padded, **wide),
+    )
+    new_keys, new_values = (qkv.new_empty(cached_keys.shape) for _ in range(2))
+    prepare_kernel[(heads * (TABLE_PARTS_INT + rows * (behind + padded) // PREPARE_TOKENS),)](
+        qkv[:, :, 1],
+        qkv[:, :, 2],
+        cached_keys,
+        cached_values,
+        turned_keys,
+        reset.contiguous().view(torch.uint8),
+        call.scale if call.table is None else call.table,
+        call.scale,
+        _buckets(qkv.device),
+        call.bias,
+        call.near_keys,
+        call.near_queries,
+        call.nulls,
+        call.consts,
+        call.inv_k,
+        call.starts,
+        call.nexts,
+        new_keys,
+        new_values,
+        call.past,
+        qkv.stride(0),
+        *cached_keys.stride()[:2],
+        *cached_values.stride()[:2],
+        tokens,
+        KV_STEP=_step(qkv, 3 * token),
+        STEP=call.past.shape[2],
+        H=heads,
+        W=window,
+        D=width,
+        BT=PREPARE_TOKENS,
+        ROUND=ROUND,
+        HAS_TABLE=table is not None,
+    )
+    return call, new_keys, new_values
+
+
+def _attend(call: _Call, tiles: Tiles) -> None:
+    """Write out, lse and inv_q."""
+    rows, tokens, _, heads, _ = call.qkv.shape
+    tile = tiles.attend
+    attend_kernel[(rows * heads * triton.cdiv(tokens, tile.queries),)](
+        call.qkv,
+        call.past,
+        call.inv_k,
+        call.starts,
+        call.near_keys,
+        call.nulls,
+        call.consts,
+        call.multipliers(),
+        call.out,
+        call.lse,
+        call.inv_q,
+        call.qkv.stride(0),
+        tokens,
+        **call.settings(tile),
+    )
+
+
+def _query_gradient(call: _Call, go: Tensor, dqkv: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Write part 0 of dqkv; (delta like lse, gradient of the table or None, gradient of scale)."""
+    rows, tokens, _, heads, width = call.qkv.shape
+    tile = tiles.query_gradient
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": go.device}
+    total = rows * triton.cdiv(tokens, tile.queries)
+    back = triton.cdiv(min(call.window, MAX_DISTANCE), tile.keys) * tile.keys
+    has_table = call.table is not None
+    # the stored tiles are as large as the queries one and a half times: a long segment goes in pieces
+    piece = min(total, PIECE_TOKENS // tile.queries) if has_table else total
+    pairs = go.new_empty((piece, heads, back + tile.queries, tile.queries) if has_table else (1,))
+    for_scale = torch.empty(total, heads, **wide)
+    delta = torch.empty_like(call.lse)
+    parts = []
+    for begin in range(0, total, piece):
+        count = min(piece, total - begin)
+        query_gradient_kernel[(count * heads,)](
+            call.qkv,
+            call.past,
+            call.inv_k,
+            call.starts,
+            call.near_keys,
+            call.consts,
+            call.multipliers(),
+            call.out,
+            go,
+            call.lse,
+            call.inv_q,
+            delta,
+            dqkv,
+            pairs,
+            for_scale,
+            call.qkv.stride(0),
+            go.stride(0),
+            tokens,
+            begin,
+            GO_STEP=_step(go, heads * width),
+            BACK=back,
+            HAS_TABLE=has_table,
+            **call.settings(tile),
+        )
+        if has_table:
+            parts.append(_by_distance(call, pairs, delta, begin, count, tile))
+    return delta, *_finish(call, for_scale, parts)
+
+
+def _by_distance(call: _Call, pairs: Tensor, delta: Tensor, begin: int, count: int, tile: Tile) -> Tensor:
+    """fp32 [any, H, 128]: parts of the sums of dS by distance."""
+    heads, back = pairs.shape[1], pairs.shape[2] - tile.queries
+    slots = pairs.shape[2] // tile.keys
+    strips = min(SUM_STRIPS, triton.cdiv(count, SUM_TILES))
+    scratch = torch.empty(strips, slots, heads, tile.queries * tile.keys, dtype=torch.float32, device=pairs.device)
+    sums = torch.empty(strips * slots, heads, MAX_DISTANCE, dtype=torch.float32, device=pairs.device)
+    distance_kernel[(strips * slots * heads,)](
+        pairs,
+        call.starts,
+        call.bias,
+        call.lse,
+        delta,
+        scratch,
+        sums,
+        call.qkv.shape[1],
+        begin,
+        count,
+        strips,
+        H=heads,
+        BQ=tile.queries,
+        BK=tile.keys,
+        BACK=back,
+        ROUND=ROUND,
+        AT_ONCE=SUM_TILES,
+        num_warps=8,
+    )
+    return sums
+
+
+def _finish(call: _Call, for_scale: Tensor, parts: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+    """(gradient of the table or None, gradient of scale)."""
+    table = call.scale if call.table is None else call.table
+    sums = for_scale if call.table is None else parts[0] if len(parts) == 1 else torch.cat(parts)
+    dscale, dtable = torch.empty_like(call.scale), torch.empty_like(table)
+    finish_kernel[(call.scale.shape[0],)](
+        sums,
+        for_scale,
+        table,
+        call.scale,
+        _buckets(for_scale.device),
+        dtable,
+        dscale,
+        sums.shape[0],
+        for_scale.shape[0],
+        H=call.scale.shape[0],
+        W=call.window,
+        HAS_TABLE=call.table is not None,
+    )
+    return None if call.table is None else dtable, dscale
+
+
+def _key_gradient(
+    call: _Call,
+    go: Tensor,
+    delta: Tensor,
+    dqkv: Tensor,
+    new: tuple[Tensor | None, ...],
+    needs_cache: bool,
+    tiles: Tiles,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write parts 1 and 2 of dqkv; gradients of the cache [B, W, H, D] if needed. `new`: those of the new cache."""
+    rows, tokens, _, heads, width = call.qkv.shape
+    cache = (rows, call.window, heads, width)
+    tile = tiles.key_gradient
+    has_new = any(x is not None for x in new)
+    dnew = [go.new_zeros(cache) if has_new and x is None else x for x in new]
+    dcache = [go.new_empty(cache) if needs_cache else None for _ in range(2)]
+    per_row = triton.cdiv(tokens, tile.keys) + (triton.cdiv(call.window, tile.keys) if needs_cache else 0)
+    key_gradient_kernel[(rows * heads * per_row,)](
+        call.qkv,
+        call.past,
+        call.inv_k,
+        call.starts,
+        call.nexts,
+        call.near_queries,
+        call.consts,
+        call.multipliers(),
+        go,
+        call.lse,
+        call.inv_q,
+        delta,
+        *(go if x is None else x.contiguous() for x in dnew),
+        dqkv,
+        *(dqkv if x is None else x for x in dcache),
+        call.qkv.stride(0),
+        go.stride(0),
+        tokens,
+        per_row,
+        GO_STEP=_step(go, heads * width),
+        HAS_NEW=has_new,
+        HAS_CACHE=needs_cache,
+        **call.settings(tile),
+    )
+    return dcache[0], dcache[1]
+
+
+@lru_cache(maxsize=8)
+def _angles(step: int, count: int, half: int, device: torch.device) -> Tensor:
+    """fp32 [count, 2, half]: cosine and sine of the angles of positions 0, step, 2 * step, ..."""
+    with torch.inference_mode(False):
+        angle = rotary_angles(torch.arange(count, device=device) * step, half)
+        return torch.stack([angle.cos(), angle.sin()], dim=1).float()
+
+
+def _turned(qkv: Tensor, cached_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies with queries and keys rotated by their places, counted from the first of the cache."""
+    turned = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _rotate(qkv, turned, 2, cached_keys.shape[1], 1)
+    turned[:, :, 2].copy_(qkv[:, :, 2])
+    cache = cached_keys.unsqueeze(2)
+    return turned, _rotate(cache, torch.empty_like(cache), 1, 0, 1).squeeze(2)
+
+
+def _rotate(source: Tensor, target: Tensor, parts: int, first: int, sign: int) -> Tensor:
+    """Rotate the first parts of source [B, T, any, H, D] into target by sign * (first, first + 1, ...)."""
+    rows, tokens, _, heads, width = source.shape
+    half = width // 2
+    # a power of two: a new length seldom makes new tables
+    coarse = triton.next_power_of_2(triton.cdiv(first + tokens + ROTATE_TOKENS, FINE_POSITIONS))
+    rotate_kernel[(rows * heads * parts * triton.cdiv(tokens, ROTATE_TOKENS),)](
+        source,
+        target,
+        _angles(FINE_POSITIONS, coarse, half, source.device),
+        _angles(1, FINE_POSITIONS, half, source.device),
+        *source.stride()[:2],
+        *target.stride()[:2],
+        tokens,
+        first,
+        SIGN=sign,
+        H=heads,
+        PARTS=parts,
+        HALF=half,
+        FINE=FINE_POSITIONS,
+        BT=ROTATE_TOKENS,
+    )
+    return target
