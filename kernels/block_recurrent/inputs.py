@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from longspan.errors import ShapeError
 from longspan.kernels.block_recurrent.state_path import StatePath
+from longspan.kernels.window_attention.reference import l2_normalise, last_window
 
 
 @dataclass(frozen=True)
 class BlockRecurrentInputs:
     """Projected tokens, cache, state and weights; B rows, T tokens, W window, H heads, Dh width of a head."""
 
-    q: Tensor  # [B, T, H, Dh], normalised and scaled: attends the window
-    state_query: Tensor  # [B, T, H, Dh], normalised and scaled: reads the state
-    keys: Tensor  # [B, W+T, H, Dh], cache in front, normalised
-    values: Tensor  # [B, W+T, H, Dh], cache in front
+    qkv: Tensor  # [B, T, 3, H, Dh]: query, key, value as projected
+    state_query: Tensor  # [B, T, H, Dh] as projected: reads the state
+    cached_keys: Tensor  # [B, W, H, Dh] of the tokens before, normalised; zero before a document
+    cached_values: Tensor  # [B, W, H, Dh]
     bias_table: Tensor  # [H, 32]
-    scale: Tensor  # [H]
+    scale: Tensor  # [H], of the window's logits
+    state_scale: Tensor  # [H], of the logits of the read of the state
     state: Tensor  # [B, S, D] fp32, before the first block
     reset: Tensor  # bool [B, ceil(T/W)], a document starts with the block
     path: StatePath
@@ -27,12 +31,82 @@ class BlockRecurrentInputs:
     @property
     def window(self) -> int:
         """W."""
-        return self.keys.shape[1] - self.q.shape[1]
+        return self.cached_keys.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.qkv.shape[1]
+
+    def check(self) -> None:
+        """Raises ShapeError unless everything fits together."""
+        if self.qkv.dim() != 5 or self.qkv.shape[2] != 3 or 0 in self.qkv.shape:
+            raise ShapeError(
+                f"qkv is {list(self.qkv.shape)}, expected [B, T, 3, H, Dh] with at least one row and one token."
+            )
+        rows, tokens, _, heads, width = self.qkv.shape
+        states, dim = self.path.initial.shape
+        wanted = {
+            "state_query": (rows, tokens, heads, width),
+            "cached_keys": (rows, self.window, heads, width),
+            "cached_values": (rows, self.window, heads, width),
+            "state": (rows, states, dim),
+            "reset": (rows, -(-tokens // max(1, self.window))),
+        }
+        for name, shape in wanted.items():
+            given = getattr(self, name).shape
+            if given != shape:
+                raise ShapeError(
+                    f"{name} is {list(given)}, expected {list(shape)} for {rows} rows of {tokens} tokens in blocks of "
+                    f"{self.window}. Pass the state and the reset flags of the same rows and tokens."
+                )
+        tensors = {name: getattr(self, name) for name in (*wanted, "bias_table", "scale", "state_scale")}
+        for name, tensor in {**tensors, "initial state": self.path.initial}.items():
+            if tensor.device != self.qkv.device:
+                raise ShapeError(
+                    f"{name} is on {tensor.device}, qkv on {self.qkv.device}. Move all of them to one device."
+                )
+
+    def normalised(self) -> NormalisedTokens:
+        """What the plain PyTorch forms attend with."""
+        q, k, v = self.qkv.unbind(2)
+        return NormalisedTokens(
+            q=l2_normalise(q, self.scale),
+            state_query=l2_normalise(self.state_query, self.state_scale),
+            keys=torch.cat([self.cached_keys, l2_normalise(k)], dim=1),
+            values=torch.cat([self.cached_values, v], dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class NormalisedTokens:
+    """Tokens as they take part in the softmax."""
+
+    q: Tensor  # [B, T, H, Dh], normalised and scaled: attends the window
+    state_query: Tensor  # [B, T, H, Dh], normalised and scaled: reads the state
+    keys: Tensor  # [B, W+T, H, Dh], cache in front, normalised
+    values: Tensor  # [B, W+T, H, Dh], cache in front
+
+    def cache(self, reset: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, W, H, Dh] for the next call; `reset` is bool [B, ceil(T/W)]."""
+        starts = token_resets(reset, self.q.shape[1], window)
+        return last_window(self.keys, starts, window), last_window(self.values, starts, window)
+
+
+def token_resets(reset: Tensor, tokens: int, window: int) -> Tensor:
+    """Flags of blocks bool [B, ceil(T/W)] as flags of tokens bool [B, T]."""
+    starts = reset.new_zeros(reset.shape[0], tokens)
+    starts[:, ::window] = reset
+    return starts
 
 
 @dataclass(frozen=True)
 class BlockRecurrentOutputs:
-    """Result for the tokens and the state after every block."""
+    """Result for the tokens, the cache for the next call, and the state after the segment."""
 
-    tokens: Tensor  # [B, T, 2*H, Dh]: heads of the window, then heads of the read of the state
-    states: Tensor  # [B, ceil(T/W), S, D]; a last block shorter than W leaves the state unchanged
+    own: Tensor  # [B, T, H, Dh], window attention
+    read: Tensor  # [B, T, H, Dh], read of the state
+    keys: Tensor  # [B, W, H, Dh]
+    values: Tensor  # [B, W, H, Dh]
+    state: Tensor  # [B, S, D] fp32; a last block shorter than W leaves the state unchanged
+    states: Tensor | None = None  # [B, ceil(T/W), S, D] after every block, where the form has them all

@@ -11,11 +11,11 @@ from longspan.kernels.window_attention.reference import attend, scaled_bias
 
 def sequential(inputs: BlockRecurrentInputs) -> BlockRecurrentOutputs:
     """Every block in turn: read the state, attend, write the state. Arguments and result: `inputs`."""
-    path, window, tokens = inputs.path, inputs.window, inputs.q.shape[1]
-    stacked = path.stacked()
-    state, outputs, states = inputs.state, [], []
-    for block, begin in enumerate(range(0, tokens, window)):
-        end = min(begin + window, tokens)
+    path, window, length = inputs.path, inputs.window, inputs.tokens
+    tokens, stacked = inputs.normalised(), path.stacked()
+    state, owns, reads, states = inputs.state, [], [], []
+    for block, begin in enumerate(range(0, length, window)):
+        end = min(begin + window, length)
         starts = inputs.reset[:, block, None, None]
         state = torch.where(starts, path.initial.to(state.dtype), state)
         seen = [
@@ -23,17 +23,17 @@ def sequential(inputs: BlockRecurrentInputs) -> BlockRecurrentOutputs:
                 [x[:, begin : begin + window].masked_fill(starts[..., None], 0.0), x[:, begin + window : end + window]],
                 dim=1,
             ).transpose(1, 2)
-            for x in (inputs.keys, inputs.values)
+            for x in (tokens.keys, tokens.values)
         ]
         keys, values = seen  # [B, H, 2W, Dh]
         projected = project_state(state, path, stacked)
         bias = scaled_bias(inputs.bias_table, inputs.scale, window, end - begin)
         drop = None if inputs.drop is None else inputs.drop[:, : end - begin, : window + end - begin]
-        q = inputs.q[:, begin:end].transpose(1, 2)
-        own = attend(q.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), bias, None, drop)[:, 0]
-        read = cross_attend(inputs.state_query[:, begin:end].transpose(1, 2), projected.keys, projected.values)
-        outputs.append(torch.cat([own, read], dim=1).transpose(1, 2))
+        q = tokens.q[:, begin:end].transpose(1, 2)
+        owns.append(attend(q.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), bias, None, drop)[:, 0])
+        reads.append(cross_attend(tokens.state_query[:, begin:end].transpose(1, 2), projected.keys, projected.values))
         if end - begin == window:
             state = write_state(state, projected, keys, values, path)
         states.append(state)
-    return BlockRecurrentOutputs(torch.cat(outputs, dim=1), torch.stack(states, dim=1))
+    own, read = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (owns, reads))
+    return BlockRecurrentOutputs(own, read, *tokens.cache(inputs.reset, window), state, torch.stack(states, dim=1))

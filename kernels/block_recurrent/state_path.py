@@ -24,6 +24,7 @@ class Gate:
     forget_bias: Tensor | None = None  # [D]
     input_weight: Tensor | None = None
     input_bias: Tensor | None = None
+    tanh: bool = False  # of what is written, as in the paper; the authors' code has none
 
     def __call__(self, state: Tensor, out: Tensor, hidden: Tensor) -> Tensor:
         """G(state, out, hidden): the state after a gated write.
@@ -37,6 +38,8 @@ class Gate:
             [B, S, D] fp32.
         """
         out = out.to(state.dtype)
+        if self.tanh:
+            out = torch.tanh(out)
         if self.bias is not None:
             keep = torch.sigmoid(self.bias.to(state.dtype))
             return state * keep + out * (1 - keep)

@@ -22,19 +22,20 @@ from longspan.kernels.window_attention.reference import attend_blocks, attend_re
 
 def two_phase(inputs: BlockRecurrentInputs) -> BlockRecurrentOutputs:
     """Scan of the state, then all tokens at once. Arguments and result: `inputs`."""
-    window, tokens = inputs.window, inputs.q.shape[1]
-    blocks, rest = divmod(tokens, window)
-    keys, values = (block_windows(x, inputs.reset[:, :blocks], window) for x in (inputs.keys, inputs.values))
+    window, tokens = inputs.window, inputs.normalised()
+    blocks, rest = divmod(inputs.tokens, window)
+    keys, values = (block_windows(x, inputs.reset[:, :blocks], window) for x in (tokens.keys, tokens.values))
     projected, states = scan_state(inputs, keys, values)
     bias_of = (inputs.bias_table, inputs.scale)
     own, read = [], []
     if blocks:
-        own.append(attend_blocks(inputs.q[:, : blocks * window], keys, values, bias_of, inputs.drop))
-        read.append(_read_states(inputs.state_query[:, : blocks * window], projected[:blocks]))
+        own.append(attend_blocks(tokens.q[:, : blocks * window], keys, values, bias_of, inputs.drop))
+        read.append(_read_states(tokens.state_query[:, : blocks * window], projected[:blocks]))
     if rest:
-        own.append(attend_rest(inputs.q, inputs.keys, inputs.values, bias_of, inputs.reset, inputs.drop))
-        read.append(_read_states(inputs.state_query[:, -rest:], projected[-1:]))
-    return BlockRecurrentOutputs(torch.cat([torch.cat(own, dim=1), torch.cat(read, dim=1)], dim=2), states)
+        own.append(attend_rest(tokens.q, tokens.keys, tokens.values, bias_of, inputs.reset, inputs.drop))
+        read.append(_read_states(tokens.state_query[:, -rest:], projected[-1:]))
+    cache = tokens.cache(inputs.reset, window)
+    return BlockRecurrentOutputs(torch.cat(own, dim=1), torch.cat(read, dim=1), *cache, states[:, -1], states)
 
 
 def scan_state(inputs: BlockRecurrentInputs, keys: Tensor, values: Tensor) -> tuple[list[ProjectedState], Tensor]:

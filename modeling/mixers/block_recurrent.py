@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from longspan.kernels.block_recurrent.api import block_recurrent
 from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs
+from longspan.kernels.block_recurrent.packed import project_sum, project_twice
 from longspan.kernels.block_recurrent.state_path import (
     Gate,
     StateFeedForward,
@@ -17,22 +19,22 @@ from longspan.kernels.block_recurrent.state_path import (
     write_state,
 )
 from longspan.kernels.window_attention.api import window_attention
-from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise, last_window
+from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise
 from longspan.modeling.basic import Dense, RMSNorm, dropout_mask
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
 from longspan.modeling.initialisation import normal_parameter, variance_scaling_
-from longspan.modeling.protocol import Aux, StatefulModule, refine_reset
+from longspan.modeling.protocol import Aux, StatefulModule
 from longspan.modeling.state import SpecTree, State, StateSpec
 
 
 class StateGate(nn.Module):
     """Parameters of one gate of the state: the paper's fixed gate, or its LSTM gate."""
 
-    def __init__(self, kind: str, dim: int, hidden_dim: int) -> None:
-        """Args: kind: "fixed" or "lstm"; dim: width of the state; hidden_dim: width of what the LSTM gate sees."""
+    def __init__(self, layer: BlockRecurrentConfig, dim: int, hidden_dim: int) -> None:
+        """Args: layer: configuration; dim: width of the state; hidden_dim: width of what the LSTM gate sees."""
         super().__init__()
-        self.kind = kind
-        if kind == "fixed":
+        self.tanh = layer.candidate == "tanh"
+        if layer.gate == "fixed":
             self.bias = normal_parameter(dim, std=0.1)
             return
         self.forget_weight = nn.Parameter(variance_scaling_(torch.empty(dim, hidden_dim), scale=0.1))
@@ -42,7 +44,7 @@ class StateGate(nn.Module):
 
     def weights(self) -> Gate:
         """The parameters as the kernel takes them."""
-        return Gate(**dict(self.named_parameters()))
+        return Gate(**dict(self.named_parameters()), tanh=self.tanh)
 
 
 class StateWriting(nn.Module):
@@ -59,13 +61,13 @@ class StateWriting(nn.Module):
         self.token_scale = nn.Parameter(torch.ones(model.num_heads))
         if layer.mode != "single":
             self.output = Dense(2 * width, dim)
-            self.gate = StateGate(layer.gate, dim, 2 * width)
+            self.gate = StateGate(layer, dim, 2 * width)
         if layer.mode == "dual":
             self.ffn_norm = RMSNorm(dim)
         if layer.mode != "skip":
             self.ffn_hidden = Dense(dim if layer.mode == "dual" else 2 * width, model.ffn_dim)
             self.ffn_output = Dense(model.ffn_dim, dim)
-            self.ffn_gate = StateGate(layer.gate, dim, model.ffn_dim)
+            self.ffn_gate = StateGate(layer, dim, model.ffn_dim)
 
     def weights(self) -> StateWrite:
         """The parameters as the kernel takes them."""
@@ -155,37 +157,35 @@ class BlockRecurrent(StatefulModule):
         initial = self.recurrent.initial
         return initial.to(torch.promote_types(initial.dtype, torch.float32)).expand(rows, -1, -1)
 
-    def _split(self, dense: Dense, x: Tensor) -> Tensor:
-        return dense(x).unflatten(-1, (self.heads, -1))
+    def _stacked(self) -> Tensor:
+        """Weights of query, key and value as one matrix [3*H*Dh, D]."""
+        return torch.cat([self.query.weight, self.key.weight, self.value.weight])
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new state, no auxiliary loss."""
         drop = None
         if self.training and self.dropout > 0:
             drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
-        keys = torch.cat([state["keys"], l2_normalise(self._split(self.key, x))], dim=1)
-        values = torch.cat([state["values"], self._split(self.value, x)], dim=1)
+        qkv, state_query = project_twice(x, self._stacked(), self.state_query.weight)
         out = block_recurrent(
             BlockRecurrentInputs(
-                q=l2_normalise(self._split(self.query, x), self.scale),
-                state_query=l2_normalise(self._split(self.state_query, x), self.state_scale),
-                keys=keys,
-                values=values,
+                qkv=qkv.unflatten(-1, (3, self.heads, -1)),
+                state_query=state_query.unflatten(-1, (self.heads, -1)),
+                cached_keys=state["keys"],
+                cached_values=state["values"],
                 bias_table=self.position_table,
                 scale=self.scale,
+                state_scale=self.state_scale,
                 state=self._state_vectors(state, x.shape[0]),
                 reset=reset,
                 path=self.recurrent.weights(),
                 drop=drop,
             )
         )
-        starts = refine_reset(reset, x.shape[1], self.window, 1)
-        new_state: State = {
-            name: last_window(s, starts, self.window) for name, s in (("keys", keys), ("values", values))
-        }
+        new_state: State = {"keys": out.keys, "values": out.values}
         if self.recurrent.write is not None:
-            new_state["state"] = out.states[:, -1].contiguous()
-        return self.output(out.tokens.flatten(2)), new_state, {}
+            new_state["state"] = out.state.contiguous()
+        return project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight), new_state, {}
 
     def decode_state(self, state: State) -> State:
         """Rolling keys and values of the last 2W tokens, state, its projections, and tokens of the open block."""
@@ -206,12 +206,9 @@ class BlockRecurrent(StatefulModule):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token x [B, D] of each row -> y [B, D], next decode state; rows may be at different places."""
         x = x.unsqueeze(1)
-        k, v = self._split(self.key, x), self._split(self.value, x)
         no_reset = torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device)
         own, keys, values = window_attention(
-            self._split(self.query, x),
-            k,
-            v,
+            F.linear(x, self._stacked()).unflatten(-1, (3, self.heads, -1)),
             state["keys"][:, self.window :],
             state["values"][:, self.window :],
             self.position_table,
@@ -219,7 +216,7 @@ class BlockRecurrent(StatefulModule):
             reset=no_reset,
             reset_grid=self.window,
         )
-        q = l2_normalise(self._split(self.state_query, x), self.state_scale).transpose(1, 2)
+        q = l2_normalise(self.state_query(x).unflatten(-1, (self.heads, -1)), self.state_scale).transpose(1, 2)
         read = cross_attend(q, state["state_keys"], state["state_values"]).transpose(1, 2)
         y = self.output(torch.cat([own, read], dim=2).flatten(2)).squeeze(1)
         oldest = slice(1, self.window + 1)

@@ -1,0 +1,243 @@
+"""The three-phase backward against autograd of the unrolled loop, and its Triton kernels under the interpreter."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from poison import poisoned_memory
+from scan_cases import VARIANTS, Sizes, errors, everything, inputs_of, make_case
+
+from longspan.errors import ShapeError
+from longspan.kernels import backend
+from longspan.kernels.block_recurrent import scan as scan_module
+from longspan.kernels.block_recurrent.api import block_recurrent
+from longspan.kernels.block_recurrent.packed import project_sum, project_twice
+
+EXACT = 1e-11
+TINY = Sizes(rows=3, tokens=27, window=8, states=6, dim=16, heads=2, width=4, ffn=12)
+variants = pytest.mark.parametrize(("gate", "mode"), VARIANTS, ids=lambda value: value)
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not on")
+three_phase = partial(block_recurrent, form="three_phase")
+two_phase = partial(block_recurrent, form="two_phase")
+
+
+def triton_form(inputs):  # type: ignore[no-untyped-def]
+    with backend.forced("triton"):
+        return block_recurrent(inputs)
+
+
+@pytest.fixture(params=[("all", 64), ("border", 64), ("border", 2)], ids=["all", "border", "border2"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the forward keeps, and how many block rows the backward computes at once."""
+    keep, chunk = request.param
+    monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", 1 << 40 if keep == "all" else -1)
+    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", chunk)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 27, 40], ids=lambda tokens: f"T{tokens}")
+@variants
+def test_three_phase_is_autograd_in_fp64(gate: str, mode: str, tokens: int, memory: None) -> None:
+    case = make_case(gate, mode, Sizes(**(vars(TINY) | {"tokens": tokens})))
+    for last in (True, False):
+        gaps = errors(everything(case, three_phase, last=last), everything(case, two_phase, last=last))
+        assert max(gaps.values()) < EXACT, (last, gaps)
+
+
+@pytest.mark.parametrize("mode", ["skip", "dual"])
+def test_an_lstm_gate_that_writes_a_tanh(mode: str) -> None:
+    case = make_case("lstm", mode, TINY, candidate="tanh")
+    assert max(errors(everything(case, three_phase), everything(case, two_phase)).values()) < EXACT
+
+
+def test_a_frozen_state() -> None:
+    case = make_case("fixed", "skip", TINY, update="frozen")
+    assert max(errors(everything(case, three_phase), everything(case, two_phase)).values()) < EXACT
+
+
+def test_a_scale_of_zero() -> None:
+    case = make_case("fixed", "skip", TINY)
+    with torch.no_grad():
+        case.mixer.recurrent.write.self_scale[1] = case.mixer.recurrent.write.token_scale[0] = 0.0
+    assert max(errors(everything(case, three_phase), everything(case, two_phase)).values()) < EXACT
+
+
+def test_split_segments_pass_gradients_through_state_and_cache() -> None:
+    """Two halves with the state and the cache handed over are the whole, gradients included."""
+    case = make_case("fixed", "skip", Sizes(**(vars(TINY) | {"tokens": 32})))
+    leaves = {n: t.clone().requires_grad_() for n, t in case.tensors.items() if not n.startswith("d_")}
+    whole = three_phase(inputs_of(case, **leaves))
+    first = three_phase(
+        inputs_of(
+            case, **leaves | {n: leaves[n][:, :16] for n in ("qkv", "state_query")} | {"reset": case.reset[:, :2]}
+        )
+    )
+    rest = {n: leaves[n][:, 16:] for n in ("qkv", "state_query")} | {"reset": case.reset[:, 2:]}
+    handed = {"state": first.state, "cached_keys": first.keys, "cached_values": first.values}
+    second = three_phase(inputs_of(case, **leaves | rest | handed))
+    assert torch.allclose(torch.cat([first.read, second.read], dim=1), whole.read, atol=1e-12)
+    sources = [*leaves.values(), *case.mixer.parameters()]
+    both = torch.autograd.grad(
+        [first.own, second.own, first.read, second.read, second.state],
+        sources,
+        [
+            case.tensors["d_own"][:, :16],
+            case.tensors["d_own"][:, 16:],
+            case.tensors["d_read"][:, :16],
+            case.tensors["d_read"][:, 16:],
+            case.tensors["d_state"],
+        ],
+        allow_unused=True,
+    )
+    names = ("own", "read", "state")
+    want = torch.autograd.grad(
+        [getattr(whole, n) for n in names], sources, [case.tensors[f"d_{n}"] for n in names], allow_unused=True
+    )
+    for a, b in zip(both, want, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=1e-11)
+
+
+KERNEL_CASES = [
+    ("fixed", "skip", Sizes(tokens=40)),
+    ("lstm", "skip", Sizes(tokens=48, rows=1)),
+    ("fixed", "skip", Sizes(tokens=9, states=24, dim=48)),
+    ("lstm", "dual", Sizes(tokens=40)),
+    ("fixed", "single", Sizes(tokens=32)),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("last", [True, False], ids=["state-used", "state-unused"])
+@pytest.mark.parametrize(
+    ("gate", "mode", "sizes"), KERNEL_CASES, ids=lambda value: str(getattr(value, "tokens", value))
+)
+def test_kernels_equal_autograd(gate: str, mode: str, sizes: Sizes, last: bool) -> None:
+    case = make_case(gate, mode, sizes)
+    gaps = errors(everything(case.to(torch.float32), triton_form, last=last), everything(case, two_phase, last=last))
+    assert max(gaps.values()) < 5e-6, gaps
+
+
+@interpreted
+def test_kernels_in_chunks_from_the_border_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", -1)
+    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", 4)
+    case = make_case("fixed", "skip", Sizes(tokens=72))
+    gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
+    assert max(gaps.values()) < 5e-6, gaps
+
+
+@interpreted
+def test_the_scan_alone_has_kernels() -> None:
+    case = make_case("fixed", "skip", Sizes(tokens=40)).to(torch.float32)
+    weights, results = list(case.mixer.recurrent.parameters()), []
+    for fast in (True, False):
+        inputs = inputs_of(case, state=case.tensors["state"].clone().requires_grad_())
+        tokens = inputs.normalised()
+        leaves = [inputs.state, tokens.keys.detach().requires_grad_(), tokens.values.detach().requires_grad_()]
+        with poisoned_memory():
+            states = scan_module.scan_states(*leaves, case.reset, inputs.path, case.window, fast=fast)
+            outputs = (states.keys, states.values, states.last)
+            given = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *weights], given)])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("keep", ["all", "border"])
+def test_kernels_write_all_they_return_and_take_a_slice_of_the_flags(
+    keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", 1 << 40 if keep == "all" else -1)
+    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", 4)
+    case = make_case("fixed", "skip", Sizes(tokens=88))
+    wide = torch.ones(case.reset.shape[0], 2 * case.reset.shape[1], dtype=torch.bool)
+    wide[:, 1::2] = case.reset
+    case.reset = wide[:, 1::2]
+    ours = case.to(torch.float32)
+    ours.reset = wide[:, 1::2]
+    assert not ours.reset.is_contiguous()
+    with poisoned_memory():
+        found = everything(ours, triton_form)
+    gaps = errors(found, everything(case, two_phase))
+    assert max(gaps.values()) < 5e-6, gaps
+
+
+def test_joined_projections_are_plain_ones() -> None:
+    x, first, second = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (6, 4), (5, 4)))
+    one, two = project_twice(x, first, second)
+    assert torch.allclose(one, x @ first.t()) and torch.allclose(two, x @ second.t())
+    assert torch.autograd.gradcheck(project_twice, (x, first, second))
+    own, read, weight = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (5, 8))
+    )
+    assert torch.allclose(project_sum(own, read, weight), torch.cat([own, read], dim=-1) @ weight.t())
+    assert torch.autograd.gradcheck(project_sum, (own, read, weight))
+
+
+@interpreted
+def test_kernels_take_inputs_that_are_not_contiguous() -> None:
+    case = make_case("fixed", "skip", Sizes(tokens=20)).to(torch.float32)
+    plain = {name: tensor for name, tensor in case.tensors.items() if not name.startswith("d_")} | {"reset": case.reset}
+    odd = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in plain.items()}
+    assert not any(x.is_contiguous() for x in odd.values())
+    want, got = triton_form(inputs_of(case, **plain)), triton_form(inputs_of(case, **odd))
+    assert all(torch.equal(getattr(want, name), getattr(got, name)) for name in ("own", "read", "keys", "state"))
+
+
+@interpreted
+def test_kernels_take_an_lstm_gate_that_writes_a_tanh() -> None:
+    case = make_case("lstm", "skip", Sizes(tokens=32, rows=1), candidate="tanh")
+    gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
+    assert max(gaps.values()) < 5e-6, gaps
+
+
+def test_fp64_falls_back_with_one_warning() -> None:
+    backend._warn_once.cache_clear()
+    case = make_case("fixed", "skip", TINY)
+    with pytest.warns(UserWarning, match="block_recurrent: torch.float64 has no kernel"):
+        everything(case, triton_form)
+
+
+def test_no_gradient_is_kept_without_grad_mode() -> None:
+    case = make_case("fixed", "skip", TINY)
+    with torch.no_grad():
+        out = three_phase(inputs_of(case))
+    assert not out.read.requires_grad and out.read.isfinite().all()
+
+
+WRONG = {
+    "state": (lambda t: t[:1], r"state is \[1, 6, 16\], expected \[3, 6, 16\] for 3 rows"),
+    "reset": (lambda t: t[:, :3], r"reset is \[3, 3\], expected \[3, 4\]"),
+    "cached_values": (lambda t: t[:, 1:], r"cached_values is \[3, 7, 2, 4\], expected \[3, 8, 2, 4\]"),
+    "state_query": (lambda t: t[:, :5], r"state_query is \[3, 5, 2, 4\]"),
+    "qkv": (lambda t: t[:, :0], r"qkv is \[3, 0, 3, 2, 4\], expected .* at least one row and one token"),
+    "scale": (lambda t: t.to("meta"), r"scale is on meta, qkv on cpu"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    case = make_case("fixed", "skip", TINY)
+    change, message = WRONG[name]
+    inputs = inputs_of(case)
+    with pytest.raises(ShapeError, match=message):
+        block_recurrent(inputs_of(case, **{name: change(getattr(inputs, name))}))
+
+
+def test_rows_of_zero_are_refused() -> None:
+    case = make_case("fixed", "skip", TINY)
+    none = {name: tensor[:0] for name, tensor in case.tensors.items() if not name.startswith("d_")}
+    with pytest.raises(ShapeError, match="at least one row"):
+        block_recurrent(inputs_of(case, **none, reset=case.reset[:0]))
+
+
+@pytest.mark.parametrize("form", [two_phase, three_phase], ids=["two_phase", "three_phase"])
+def test_a_nan_stays_in_its_row_and_goes_on(form) -> None:  # type: ignore[no-untyped-def]
+    case = make_case("fixed", "skip", TINY)
+    case.tensors["state"][1, 0, 0] = float("nan")
+    out = form(inputs_of(case))
+    assert out.read[1].isnan().any() and out.read[2].isfinite().all()
