@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.kernels.block_recurrent.state_path import rms_normalise
+from longspan.kernels.feed_forward.api import feed_forward
+from longspan.kernels.norm.api import multiply_tiled, rms_norm
 from longspan.modeling.initialisation import variance_scaling_
 
 DROPOUT_TILE_TOKENS = 128
@@ -33,9 +34,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
-        return rms_normalise(x, self.scale)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [..., dim] -> [..., dim], times a dropout mask of `TiledDropout.mask` if there is one."""
+        return rms_norm(x, self.scale, mask)
 
 
 class TiledDropout(nn.Module):
@@ -46,13 +47,17 @@ class TiledDropout(nn.Module):
         super().__init__()
         self.probability = probability
 
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Fresh multipliers [min(T, 128), D] for x [B, T, D]; None outside training."""
+        if not self.training or self.probability == 0:
+            return None
+        tokens, dim = x.shape[-2:]
+        return dropout_mask((min(tokens, DROPOUT_TILE_TOKENS), dim), self.probability, x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; the identity outside training."""
-        if not self.training or self.probability == 0:
-            return x
-        tokens, dim = x.shape[-2:]
-        mask = dropout_mask((min(tokens, DROPOUT_TILE_TOKENS), dim), self.probability, x)
-        return x * mask.repeat(-(-tokens // mask.shape[0]), 1)[:tokens]
+        mask = self.mask(x)
+        return x if mask is None else multiply_tiled(x, mask)
 
 
 def dropout_mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
@@ -70,6 +75,6 @@ class FeedForward(nn.Module):
         self.hidden = Dense(dim, hidden_dim)
         self.output = Dense(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
-        return self.output(torch.relu(self.hidden(x)))
+    def forward(self, x: Tensor, *, keep_hidden: bool = True) -> Tensor:
+        """x [..., dim] -> [..., dim]; keep_hidden: for the backward pass, instead of computing it there again."""
+        return feed_forward(x, self.hidden.weight, self.output.weight, keep_hidden=keep_hidden)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+ActivationCheckpointing = Literal["none", "mixer", "layer"]  # what the backward pass computes again
 
 
 class Schema(BaseModel):
@@ -30,6 +32,7 @@ class SlidingWindowConfig(_LayerConfig):
     """Attention to exactly the last `window_tokens` tokens, with a Transformer-XL cache."""
 
     mixer: Literal["sliding_window"] = "sliding_window"
+    positions: Literal["t5", "rope"] = Field("t5", description="learned bias of the distance, or rotary positions")
 
 
 class BlockRecurrentConfig(_LayerConfig):
@@ -38,10 +41,25 @@ class BlockRecurrentConfig(_LayerConfig):
     mixer: Literal["block_recurrent"] = "block_recurrent"
     gate: Literal["fixed", "lstm"] = Field("fixed", description="gate that writes the state")
     mode: Literal["skip", "dual", "single"] = Field("skip", description="state path: skip has no state FFN")
+    candidate: Literal["linear", "tanh"] = Field(
+        "linear",
+        description="what an lstm gate writes (skip, dual): as the authors' code, or the paper's tanh",
+    )
     num_states: int = Field(512, ge=1, description="state vectors")
     update: Literal["trained", "frozen"] = Field(
         "trained", description="frozen keeps the state at its learned initial value: the ablation of all memory"
     )
+
+    @field_validator("candidate")
+    @classmethod
+    def _candidate_has_an_effect(cls, candidate: str, info: ValidationInfo) -> str:
+        gate, mode = info.data.get("gate"), info.data.get("mode")
+        if candidate == "tanh" and (gate == "fixed" or mode == "single"):
+            raise ValueError(
+                f"has no effect with gate {gate} and mode {mode}: the fixed gate writes without a tanh, mode single "
+                "with one in any case. Leave it out, or use gate: lstm with mode: skip or dual"
+            )
+        return candidate
 
     def quantum(self, window_tokens: int) -> int:
         """The state is written once a block."""
@@ -86,7 +104,44 @@ class ModelConfig(Schema):
     window_tokens: int = Field(512, ge=1, description="W: block length and sliding window")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout of residual paths and attention")
     layers: tuple[LayerConfig, ...] = Field(min_length=1, description="layers from the bottom up")
+    feedback: bool = Field(
+        False, description="window layers read the state of the last recurrent layer too; blocks pass the stack in turn"
+    )
     memory: RecurrentMemoryConfig | None = Field(None, description="recurrent memory around the whole stack")
+
+    @field_validator("layers")
+    @classmethod
+    def _rotary_heads_have_pairs(cls, layers: tuple[LayerConfig, ...], info: ValidationInfo) -> tuple[LayerConfig, ...]:
+        rotary = {layer.mixer for layer in layers if getattr(layer, "positions", "") == "rope"}
+        rotary |= {layer.mixer for layer in layers if layer.mixer == "full_attention"}
+        if rotary and info.data.get("head_dim", 2) % 2:
+            raise ValueError(
+                f"{' and '.join(sorted(rotary))} with rotary positions turns pairs of a head, and head_dim = "
+                f"{info.data['head_dim']} is odd. Use an even head_dim"
+            )
+        return layers
+
+    @field_validator("feedback")
+    @classmethod
+    def _feedback_has_a_source_and_readers(cls, feedback: bool, info: ValidationInfo) -> bool:
+        mixers = [layer.mixer for layer in info.data.get("layers", ())]
+        if not feedback or not mixers:
+            return feedback
+        if "block_recurrent" not in mixers:
+            raise ValueError(
+                "no layer has a state that the others could read. Add a block_recurrent layer, or use feedback: false"
+            )
+        if other := sorted(set(mixers) - {"block_recurrent", "sliding_window"}):
+            raise ValueError(
+                f"{' and '.join(other)} cannot read the state of another layer, only sliding_window can. "
+                "Use sliding_window layers, or feedback: false"
+            )
+        if set(mixers) == {"block_recurrent"}:
+            raise ValueError(
+                "has no effect: every layer is recurrent and reads its own state. Add sliding_window layers, or use "
+                "feedback: false"
+            )
+        return feedback
 
     def expanded_layers(self) -> list[_LayerConfig]:
         """One entry a layer, `repeat` written out."""

@@ -9,7 +9,8 @@ from longspan.errors import ShapeError
 from longspan.kernels.cross_entropy.api import scaled_logits, token_nll
 from longspan.modeling import state as states
 from longspan.modeling.basic import RMSNorm, TiledDropout
-from longspan.modeling.config import ModelConfig
+from longspan.modeling.config import ActivationCheckpointing, ModelConfig
+from longspan.modeling.feedback import FeedbackStack
 from longspan.modeling.memory import RecurrentMemory
 from longspan.modeling.protocol import Aux, StatefulModule, check_reset
 from longspan.modeling.stack import Stack
@@ -25,11 +26,17 @@ class LanguageModel(nn.Module):
         self.config = config
         self.quantum = config.quantum
         self.embedding = nn.Embedding(config.vocab_size, config.dim)  # N(0, 1), also the output matrix
-        self.backbone: StatefulModule = Stack(config)
+        self.backbone: StatefulModule = FeedbackStack(config) if config.feedback else Stack(config)
         if config.memory is not None:
             self.backbone = RecurrentMemory(self.backbone, config.memory, config.dim, config.window_tokens)
         self.final_norm = RMSNorm(config.dim)
         self.dropout = TiledDropout(config.dropout)
+
+    def set_activation_checkpointing(self, policy: ActivationCheckpointing) -> None:
+        """What the backward pass computes again instead of keeping it: "none", each "mixer", or each "layer"."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.set_activation_checkpointing(policy)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state at a document start in `batch` rows; on the parameters' device if None."""
@@ -63,7 +70,7 @@ class LanguageModel(nn.Module):
         check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum)
         states.check(state, self.state_spec(), tokens.shape[0])
         y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)
-        y = self.dropout(self.final_norm(y))
+        y = self.final_norm(y, self.dropout.mask(y))
         if labels is None:
             return scaled_logits(y, self.embedding.weight), state, aux
         return token_nll(y, self.embedding.weight, labels), state, aux

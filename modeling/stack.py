@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from longspan.kernels.norm.api import add_rms_norm, residual_rms_norm
 from longspan.modeling.basic import FeedForward, RMSNorm, TiledDropout
 from longspan.modeling.config import (
+    ActivationCheckpointing,
     BlockRecurrentConfig,
     FullAttentionConfig,
     LinearAttentionConfig,
@@ -33,8 +37,26 @@ MIXERS: dict[type, Callable[..., StatefulModule]] = {
 _BY_COST: tuple[Dependency, ...] = ("parallel", "affine_scan", "state_scan", "stack_scan", "token_serial")
 
 
+def _recomputed(module: StatefulModule, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State, Aux]:
+    """`module(x, state, reset=reset)`, of which the backward pass keeps no more than the arguments."""
+    context = copy_context()  # the backward pass of a GPU runs in a thread of its own, without a forced backend
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State, Aux]:
+        return context.run(module, x, state, reset=reset)
+
+    # random numbers are drawn in training only: outside, their generators need not be put back
+    return checkpoint(run, x, state, use_reentrant=False, preserve_rng_state=module.training)
+
+
 class Layer(StatefulModule):
-    """y = x + mixer(dropout(RMS(x))); y + dropout(FFN(RMS(y)))."""
+    """y = x + mixer(dropout(RMS(x))); y + dropout(FFN(RMS(y))).
+
+    Attributes:
+        checkpointing: "mixer" computes the mixer again in the backward pass; "layer" says that the caller does so with
+            the whole layer, so that keeping the hidden vectors would be in vain.
+    """
+
+    checkpointing: ActivationCheckpointing = "none"
 
     def __init__(self, model: ModelConfig, mixer: StatefulModule) -> None:
         """Args: model: configuration; mixer: moves information along the sequence."""
@@ -56,9 +78,13 @@ class Layer(StatefulModule):
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, ceil(T/quantum)] -> y [B, T, D], new state, the mixer's auxiliary losses."""
-        mixed, state, aux = self.mixer(self.dropout(self.norm(x)), state, reset=reset)
-        y = x + mixed
-        return y + self.dropout(self.ffn(self.ffn_norm(y))), state, aux
+        x, h = residual_rms_norm(x, self.norm.scale, self.dropout.mask(x))
+        if self.checkpointing == "mixer" and torch.is_grad_enabled():
+            mixed, state, aux = _recomputed(self.mixer, h, state, reset)
+        else:
+            mixed, state, aux = self.mixer(h, state, reset=reset)
+        y, h = add_rms_norm(x, mixed, self.ffn_norm.scale)
+        return y + self.dropout(self.ffn(h, keep_hidden=self.checkpointing != "layer")), state, aux
 
     def decode_state(self, state: State) -> State:
         """The mixer's."""
@@ -74,15 +100,27 @@ class Layer(StatefulModule):
 class Stack(StatefulModule):
     """Layers one after another; the state has one entry a layer."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        """Args: model: configuration."""
+    checkpointing: ActivationCheckpointing = "none"
+
+    def __init__(self, model: ModelConfig, mixers: dict[type, Callable[..., StatefulModule]] = MIXERS) -> None:
+        """Args: model: configuration; mixers: what builds a layer's mixer, by class of its configuration."""
         super().__init__()
         configs = model.expanded_layers()
         self.quantum = math.lcm(*(layer.quantum(model.window_tokens) for layer in configs))
-        layers = [Layer(model, MIXERS[type(layer)](model, layer, self.quantum)) for layer in configs]
+        layers = [Layer(model, mixers[type(layer)](model, layer, self.quantum)) for layer in configs]
         self.layers = nn.ModuleList(layers)
         self.lookback = max(layer.lookback for layer in layers)
         self.dependency = max((layer.dependency for layer in layers), key=_BY_COST.index)
+
+    def set_activation_checkpointing(self, policy: ActivationCheckpointing) -> None:
+        """What the backward pass computes again instead of keeping it.
+
+        Args:
+            policy: "none"; "mixer": what is inside each mixer; "layer": everything but each layer's input.
+        """
+        self.checkpointing = policy
+        for _, layer in self._named():
+            layer.checkpointing = policy
 
     def _named(self) -> list[tuple[str, Layer]]:
         return [(f"layer{index}", cast(Layer, layer)) for index, layer in enumerate(self.layers)]
@@ -101,7 +139,10 @@ class Stack(StatefulModule):
         total: Aux = {}
         for name, layer in self._named():
             layer_reset = refine_reset(reset, x.shape[1], self.quantum, layer.quantum)
-            x, new_state[name], aux = layer(x, state[name], reset=layer_reset)
+            if self.checkpointing == "layer" and torch.is_grad_enabled():
+                x, new_state[name], aux = _recomputed(layer, x, state[name], layer_reset)
+            else:
+                x, new_state[name], aux = layer(x, state[name], reset=layer_reset)
             for key, value in aux.items():
                 total[key] = total[key] + value if key in total else value
         return x, new_state, total

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from longspan.cluster.config import ParallelConfig
 from longspan.data_pipeline.config import DataConfig
 from longspan.errors import Problem
-from longspan.modeling.config import ModelConfig
+from longspan.modeling.config import ActivationCheckpointing, ModelConfig
 
 
 class Section(BaseModel):
@@ -54,6 +54,9 @@ class TrainingConfig(Section):
     steps: int = Field(ge=1, description="optimizer updates")
     micro_batch_lanes: int = Field(1, ge=1, description="lanes that one rank runs at once; the rest accumulates")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights")
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "none", description="computed again in the backward pass, to save memory: none, each mixer, or each whole layer"
+    )
     max_consecutive_skips: int = Field(10, ge=1, description="bad steps in a row that end the run (exit 72)")
     log_interval_steps: int = Field(10, ge=1, description="steps between progress lines")
     threads: int | None = Field(None, ge=1, description="CPU threads of one process; cores / processes if unset")

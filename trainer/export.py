@@ -106,6 +106,7 @@ def hf_config(config: RunConfig) -> LongspanConfig:
         intermediate_size=model.ffn_dim,
         window_tokens=model.window_tokens,
         blocks=[layer.model_dump(mode="json", exclude={"repeat"}) for layer in model.expanded_layers()],
+        feedback=model.feedback,
         memory=None if model.memory is None else {"num_tokens": model.memory.num_tokens},
         training_tokens=config.data.segment_tokens,
         bos_token_id=BOS,

@@ -115,7 +115,9 @@ class Run:
     def _build(self) -> None:
         config, mesh = self.config, self.mesh
         seed_everything(config.seed)
-        self.engine = Engine(build_model(config.model), config, mesh)
+        model = build_model(config.model)
+        model.set_activation_checkpointing(config.training.activation_checkpointing)
+        self.engine = Engine(model, config, mesh)
         self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
         self.reader = LaneReader(self.source.plan, self.source.documents, self.lanes.start, self.lanes.stop)
         self.checkpoints = Checkpoints(

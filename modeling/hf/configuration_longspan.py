@@ -17,6 +17,7 @@ class LongspanConfig(PretrainedConfig):
         window_tokens: W: block length and sliding window.
         blocks: one dictionary a layer, from the bottom up: `mixer` and the options of that mixer.
             (`layer_types` is a name of the library, which accepts only its own kinds of layers there.)
+        feedback: window layers also read the state of the last recurrent layer.
         memory: options of the recurrent memory around the whole stack, or None.
         training_tokens: length of the segments that the model was trained on.
         state_dtype: type of recurrent and matrix states, whatever the type of the weights.
@@ -34,6 +35,7 @@ class LongspanConfig(PretrainedConfig):
         intermediate_size: int = 4096,
         window_tokens: int = 512,
         blocks: list[dict[str, Any]] | None = None,
+        feedback: bool = False,
         memory: dict[str, Any] | None = None,
         training_tokens: int | None = None,
         state_dtype: str = "float32",
@@ -53,6 +55,7 @@ class LongspanConfig(PretrainedConfig):
         self.window_tokens = window_tokens
         self.blocks = [{"mixer": "sliding_window"}] if blocks is None else [dict(block) for block in blocks]
         self.num_hidden_layers = len(self.blocks)
+        self.feedback = feedback
         self.memory = memory
         self.training_tokens = training_tokens
         self.state_dtype = state_dtype

@@ -146,10 +146,12 @@ class WindowMixer(Mixer):
     """
 
     def __init__(self, config: Any, block: dict[str, Any], reads: int = 1) -> None:
-        """block: nothing of it is used."""
+        """block: positions, t5 or rope."""
         super().__init__(config, reads)
         self.scale = nn.Parameter(torch.ones(self.heads))
-        self.position_table = nn.Parameter(torch.zeros(self.heads, NUM_BUCKETS))
+        self.rotary = block.get("positions") == "rope"
+        if not self.rotary:
+            self.position_table = nn.Parameter(torch.zeros(self.heads, NUM_BUCKETS))
 
     def start(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Null keys and values."""
@@ -169,12 +171,18 @@ class WindowMixer(Mixer):
     def attend_window(self, h: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
         """Each token reads the W tokens before it, itself not included. -> [B, P, H*K]."""
         position = torch.arange(2 * self.window, device=h.device)
-        distance = (self.window + piece.phase)[:, None, None] + piece.steps[:, None] - position  # [1 or B, P, 2W]
-        scaled = self.position_table.float() * self.scale.float().abs()[:, None]
-        by_distance = scaled[:, distance_bucket(torch.arange(self.window + 1, device=h.device))]
-        bias = by_distance[:, distance.clamp(0, self.window)].transpose(0, 1)
+        places = (self.window + piece.phase)[:, None] + piece.steps  # [1 or B, P], among the keys
+        distance = places[..., None] - position
+        query = unit(self.split(self.query(h)), self.scale)
+        if self.rotary:  # positions matter by their differences alone, so they count from the oldest key
+            query, keys = rotate(query, places), rotate(keys, position[None])
+            bias = query.new_zeros(1, 1, 1, 1, dtype=torch.float32)
+        else:
+            scaled = self.position_table.float() * self.scale.float().abs()[:, None]
+            by_distance = scaled[:, distance_bucket(torch.arange(self.window + 1, device=h.device))]
+            bias = by_distance[:, distance.clamp(0, self.window)].transpose(0, 1)
         bias = bias.masked_fill(((distance <= 0) | (distance > self.window))[:, None], MASKED)
-        return attend(unit(self.split(self.query(h)), self.scale), keys, values, bias)
+        return attend(query, keys, values, bias)
 
     def with_state(
         self, h: Tensor, mixed: Tensor, keys: Tensor, values: Tensor, piece: Piece, tensors: dict[str, Tensor]
@@ -186,11 +194,11 @@ class WindowMixer(Mixer):
 class Gate(nn.Module):
     """c' = c * f + new * i, a channel each: one constant ("fixed"), or computed from `hidden` ("lstm")."""
 
-    def __init__(self, kind: str, dim: int, hidden: int) -> None:
-        """kind: fixed or lstm; hidden: width of what an lstm gate looks at."""
+    def __init__(self, block: dict[str, Any], dim: int, hidden: int) -> None:
+        """block: gate, candidate; hidden: width of what an lstm gate looks at."""
         super().__init__()
-        self.kind = kind
-        if kind == "fixed":
+        self.kind, self.tanh = block["gate"], block.get("candidate") == "tanh"
+        if self.kind == "fixed":
             self.bias = nn.Parameter(torch.zeros(dim))
         else:
             self.forget_weight, self.input_weight = (nn.Parameter(torch.zeros(dim, hidden)) for _ in range(2))
@@ -198,6 +206,7 @@ class Gate(nn.Module):
 
     def forward(self, state: Tensor, new: Tensor, hidden: Tensor) -> Tensor:
         """state float32 [B, S, D], new [B, S, D], hidden [B, S, any] -> float32 [B, S, D]."""
+        new = torch.tanh(new.float()) if self.tanh else new
         if self.kind == "fixed":
             keep = torch.sigmoid(self.bias.float())
             return state * keep + new.float() * (1 - keep)
@@ -210,7 +219,7 @@ class StateWriting(nn.Module):
     """Parameters that write the state, and the write."""
 
     def __init__(self, config: Any, block: dict[str, Any]) -> None:
-        """block: gate and mode."""
+        """block: gate, candidate and mode."""
         super().__init__()
         dim, heads, hidden = config.hidden_size, config.num_attention_heads, config.intermediate_size
         inner = heads * config.head_dim
@@ -219,13 +228,13 @@ class StateWriting(nn.Module):
         self.self_scale, self.token_scale = (nn.Parameter(torch.ones(heads)) for _ in range(2))
         if self.mode != "single":
             self.output = nn.Linear(2 * inner, dim, bias=False)
-            self.gate = Gate(block["gate"], dim, 2 * inner)
+            self.gate = Gate(block, dim, 2 * inner)
         if self.mode == "dual":
             self.ffn_norm = Norm(dim)
         if self.mode != "skip":
             self.ffn_hidden = nn.Linear(dim if self.mode == "dual" else 2 * inner, hidden, bias=False)
             self.ffn_output = nn.Linear(hidden, dim, bias=False)
-            self.ffn_gate = Gate(block["gate"], dim, hidden)
+            self.ffn_gate = Gate(block, dim, hidden)
 
     def forward(self, state: Tensor, read: Tensor) -> Tensor:
         """The state after a block; state float32 [B, S, D], read [B, S, 2*H*K] -> float32 [B, S, D]."""
@@ -243,7 +252,7 @@ class RecurrentState(nn.Module):
     """Parameters of the state: initial value, ids, keys and values, and what writes it unless it is frozen."""
 
     def __init__(self, config: Any, block: dict[str, Any]) -> None:
-        """block: num_states, update, gate, mode."""
+        """block: num_states, update, gate, candidate, mode."""
         super().__init__()
         dim, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.initial, self.ids = (nn.Parameter(torch.zeros(block["num_states"], dim)) for _ in range(2))
@@ -357,7 +366,7 @@ class FullMixer(Mixer):
         known = place >= cached - piece.seen[:, None]  # [1 or B, J]: the rest stands before the document
         mask = (distance >= 0) & (distance < self.context) & known[:, None]
         # positions matter by their differences alone, so they count from the oldest key
-        q, k = rotate(self.split(self.query(h)), cached), rotate(keys, 0)
+        q, k = rotate(self.split(self.query(h)), cached + piece.steps[None]), rotate(keys, place[None])
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None]
         )
@@ -367,11 +376,11 @@ class FullMixer(Mixer):
         return self.output(y.transpose(1, 2).flatten(2)), kept
 
 
-def rotate(x: Tensor, first: int) -> Tensor:
-    """Rotary positions first, first + 1, ... x [B, T, H, K]: the halves of a head are the pairs."""
+def rotate(x: Tensor, places: Tensor) -> Tensor:
+    """Rotary positions `places` [1 or B, T]; x [B, T, H, K]: the halves of a head are the pairs."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angle = torch.arange(first, first + x.shape[1], dtype=torch.float64, device=x.device)[:, None] * frequency
-    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+    angle = places[..., None].double() * frequency
+    cos, sin = angle.cos().float()[:, :, None], angle.sin().float()[:, :, None]
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

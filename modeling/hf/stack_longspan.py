@@ -1,4 +1,4 @@
-"""Stack of the Hugging Face form: layers, the cut into pieces, and the recurrent memory around all layers."""
+"""Stack of the Hugging Face form: layers, the cut into pieces, feedback, and the memory around all layers."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,7 +16,9 @@ from longspan.modeling.hf.mixers_longspan import (
     RecurrentMixer,
     WindowMixer,
     align,
+    attend,
     take_along,
+    unit,
 )
 
 MIXERS = {
@@ -25,6 +27,26 @@ MIXERS = {
     "linear_attention": LinearMixer,
     "full_attention": FullMixer,
 }
+
+
+class FeedbackMixer(WindowMixer):
+    """A window whose tokens also read the state of a recurrent layer above or below.
+
+    What they read stands among the tensors that come in, as `RecurrentMixer` names it, and not among those that go out.
+    """
+
+    def __init__(self, config: Any, block: dict[str, Any]) -> None:
+        """block: as of the window."""
+        super().__init__(config, block, reads=2)
+        self.state_query = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.state_scale = nn.Parameter(torch.ones(self.heads))
+
+    def with_state(
+        self, h: Tensor, mixed: Tensor, keys: Tensor, values: Tensor, piece: Piece, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens read the state from before their block."""
+        query = unit(self.split(self.state_query(h)), self.state_scale)
+        return torch.cat([mixed, attend(query, tensors["state_keys"], tensors["state_values"])], -1), {}
 
 
 class Layer(nn.Module):
@@ -36,7 +58,8 @@ class Layer(nn.Module):
         if block["mixer"] not in MIXERS:
             raise ValueError(f"mixer {block['mixer']!r} in config.blocks: known are {', '.join(MIXERS)}")
         self.norm = Norm(config.hidden_size)
-        self.mixer: Mixer = MIXERS[block["mixer"]](config, block)
+        reads_state = config.feedback and block["mixer"] == "sliding_window"
+        self.mixer: Mixer = (FeedbackMixer if reads_state else MIXERS[block["mixer"]])(config, block)
         self.ffn_norm = Norm(config.hidden_size)
         self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
@@ -85,6 +108,8 @@ class Stack(nn.Module):
         super().__init__()
         self.window = config.window_tokens
         self.layers = nn.ModuleList(Layer(config, block) for block in config.blocks)
+        recurrent = [index for index, block in enumerate(config.blocks) if block["mixer"] == "block_recurrent"]
+        self.source = recurrent[-1] if config.feedback else None  # whose state the windows read
 
     def start(self, batch: int, device: torch.device) -> list[dict[str, Tensor]]:
         """What is carried at the start of a document."""
@@ -98,8 +123,10 @@ class Stack(nn.Module):
 
         def run(part: Tensor, before: Tensor, take: Tensor) -> Tensor:
             piece = Piece(before, take, self.window, part.device)
+            read = {} if self.source is None else carried[self.source]  # a layer that ends a block makes a new one
+            offered = {name: read[name] for name in ("state_keys", "state_values") if name in read}
             for index, layer in enumerate(self.layers):
-                part, carried[index] = layer(part, piece, carried[index])
+                part, carried[index] = layer(part, piece, offered | carried[index])
             return part
 
         return by_block(x, lengths, seen, self.window, run), carried

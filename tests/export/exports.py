@@ -15,6 +15,7 @@ from longspan.trainer.config import RunConfig
 
 WINDOW = 8
 SLIDING = {"mixer": "sliding_window"}
+ROTARY = SLIDING | {"positions": "rope"}
 LINEAR = {"mixer": "linear_attention"}
 RECURRENT = {"mixer": "block_recurrent", "num_states": 5}
 
@@ -32,6 +33,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {"layers": [SLIDING, RECURRENT, LINEAR, full(20)]},
     "memory": {"layers": [SLIDING, full(9)], "memory": {"num_tokens": 3}},
     "memory_hybrid": {"layers": [RECURRENT, LINEAR, SLIDING], "memory": {"num_tokens": 9, "norm_penalty": 0.1}},
+    "rotary": {"layers": [ROTARY, RECURRENT]},
+    "lstm_dual_tanh": {"layers": [RECURRENT | {"gate": "lstm", "mode": "dual", "candidate": "tanh"}]},
+    "feedback": {"layers": [SLIDING, RECURRENT, SLIDING], "feedback": True},
+    "feedback_two": {
+        "layers": [RECURRENT | {"mode": "single"}, ROTARY, RECURRENT | {"gate": "lstm"}],
+        "feedback": True,
+    },
+    "feedback_memory": {"layers": [SLIDING, RECURRENT], "feedback": True, "memory": {"num_tokens": 3}},
     **{
         f"{gate}_{mode}": {"layers": [SLIDING, RECURRENT | {"gate": gate, "mode": mode}]}
         for gate in ("fixed", "lstm")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from tiny_models import MODELS, WINDOW, no_reset, random_tokens, tiny_model
 
+from longspan.kernels.backend import forced
 from longspan.modeling import state as states
-from longspan.modeling.model import LanguageModel
+from longspan.modeling.config import ModelConfig
+from longspan.modeling.model import LanguageModel, build_model
 from longspan.modeling.state import pack
+from longspan.trainer.recipes import PACKAGED_CONFIGS, read_recipe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +61,33 @@ def test_bf16_trains_and_decodes(name: str) -> None:
         for place in range(2 * WINDOW):
             logits, decode = model.step_tokens(tokens[:, place], decode)
             assert (logits - want[:, place]).abs().max() < 0.1
+
+
+ROWS = sorted(path.stem for path in PACKAGED_CONFIGS.glob("model/*_quickstart.yaml"))
+
+
+def row_gradients(config: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(losses of a segment with a document start inside, gradient of each parameter), from the same weights, fp64."""
+    torch.manual_seed(0)
+    model = build_model(config).bfloat16().to("cuda", dtype)
+    tokens = torch.randint(0, 256, (2, 4 * config.window_tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    reset = torch.zeros(2, tokens.shape[1] // model.quantum, dtype=torch.bool, device="cuda")
+    reset[0, 0] = reset[1, 2 * config.window_tokens // model.quantum] = True
+    losses, _, _ = model(tokens, model.init_state(2), reset=reset, labels=tokens.roll(-1, 1))
+    losses.sum().backward()
+    return losses.detach().double(), [p.grad.double() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-2), (torch.bfloat16, 1e-1)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_with_kernels_equal_fp64(row: str, dtype: torch.dtype, bar: float) -> None:
+    """Whole models: one kernel's error is bounded where it is tested, here errors pass through four layers."""
+    config = ModelConfig(**(read_recipe(f"configs/model/{row}.yaml")["model"] | {"num_heads": 2, "head_dim": 64}))
+    with forced("reference"):
+        want, exact = row_gradients(config, torch.float64)
+    with forced("triton"):
+        losses, gradients = row_gradients(config, dtype)
+    assert (losses - want).norm() < bar * want.norm()
+    assert sum((a - b).square().sum() for a, b in zip(gradients, exact, strict=True)).sqrt() < bar * (
+        sum(b.square().sum() for b in exact).sqrt()
+    )

@@ -13,6 +13,7 @@ from tiny_models import MODELS, VOCAB, WINDOW, no_reset, random_tokens, tiny_mod
 from torch import Tensor
 
 from longspan.errors import ShapeError
+from longspan.modeling import feedback as feedback_module
 from longspan.modeling import memory as memory_module
 from longspan.modeling import stack as stack_module
 from longspan.modeling import state as states
@@ -130,7 +131,7 @@ def test_law_2_packed_documents_are_separate_documents(name: str) -> None:
 
 @pytest.fixture
 def leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resets after the first block never reach a layer."""
+    """Resets after the first block never reach a layer, nor what feedback reads."""
     right = stack_module.refine_reset
 
     def only_the_first(reset: Tensor, tokens: int, coarse: int, fine: int) -> Tensor:
@@ -139,14 +140,14 @@ def leak(monkeypatch: pytest.MonkeyPatch) -> None:
         return refined
 
     monkeypatch.setattr(stack_module, "refine_reset", only_the_first)
-    forward = memory_module.RecurrentMemory.forward
+    for kind in (memory_module.RecurrentMemory, feedback_module.FeedbackStack):
 
-    def first_block_only(self, x: Tensor, state: State, *, reset: Tensor):  # type: ignore[no-untyped-def]
-        reset = reset.clone()
-        reset[:, 1:] = False
-        return forward(self, x, state, reset=reset)
+        def first_block_only(self, x: Tensor, state: State, *, reset: Tensor, forward=kind.forward):  # type: ignore[no-untyped-def]
+            reset = reset.clone()
+            reset[:, 1:] = False
+            return forward(self, x, state, reset=reset)
 
-    monkeypatch.setattr(memory_module.RecurrentMemory, "forward", first_block_only)
+        monkeypatch.setattr(kind, "forward", first_block_only)
 
 
 @every_model
@@ -386,6 +387,10 @@ DRIFT = {
     "lstm_skip": 0.025,
     "lstm_dual": 0.039,
     "lstm_single": 0.021,
+    "lstm_skip_tanh": 0.026,
+    "two_recurrent": 0.030,
+    "feedback": 0.040,
+    "feedback_two": 0.037,
     "frozen": 0.024,
     "linear_attention": 0.020,
     "full_attention": 0.030,

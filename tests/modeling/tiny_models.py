@@ -12,6 +12,7 @@ WINDOW = 4
 VOCAB = 17
 
 SLIDING = {"mixer": "sliding_window"}
+ROTARY = SLIDING | {"positions": "rope"}
 LINEAR = {"mixer": "linear_attention"}
 FULL = {"mixer": "full_attention", "context_tokens": 6}
 RECURRENT = {"mixer": "block_recurrent", "num_states": 3}
@@ -30,6 +31,10 @@ MODELS: dict[str, dict] = {
     "lstm_skip": {"layers": [recurrent("lstm", "skip")]},
     "lstm_dual": {"layers": [recurrent("lstm", "dual"), SLIDING]},
     "lstm_single": {"layers": [recurrent("lstm", "single")]},
+    "lstm_skip_tanh": {"layers": [recurrent("lstm", "skip") | {"candidate": "tanh"}]},
+    "two_recurrent": {"layers": [recurrent("fixed", "skip"), ROTARY, recurrent("fixed", "single")]},
+    "feedback": {"layers": [SLIDING, recurrent("fixed", "dual"), SLIDING], "feedback": True},
+    "feedback_two": {"layers": [recurrent("lstm", "single"), RECURRENT, ROTARY], "feedback": True},
     "frozen": {"layers": [RECURRENT | {"update": "frozen"}]},
     "linear_attention": {"layers": [LINEAR, LINEAR]},
     "full_attention": {"layers": [FULL, FULL]},

@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 from longspan.errors import ShapeError
-from longspan.trainer.config import OptimizerConfig
+from longspan.trainer.config import OptimizerConfig, ScheduleConfig
 from longspan.trainer.optimizers import Adafactor, build_optimizer, factored_axes, parameter_groups
+from longspan.trainer.recipes import read_recipe
+from longspan.trainer.schedules import learning_rate
 
 
-def numpy_adafactor(p: np.ndarray, grads: list[np.ndarray], lr: float, wd: float = 0.0) -> np.ndarray:
-    """optax.adafactor(lr, decay_rate=0.8, momentum=0.9), written from its documentation, float64."""
+def numpy_adafactor(p: np.ndarray, grads: list[np.ndarray], rates: list[float], wd: float = 0.0) -> np.ndarray:
+    """optax.adafactor(rates[t], decay_rate=0.8, momentum=0.9), written from its documentation, float64."""
     p = p.astype(np.float64)
     order = np.argsort(p.shape, kind="stable")
     factored = p.ndim >= 2 and p.shape[order[-2]] >= 128
     v, rows, cols, m = np.zeros(p.shape), 0.0, 0.0, np.zeros(p.shape)
-    for t, g in enumerate(grads, 1):
+    for t, (g, lr) in enumerate(zip(grads, rates, strict=True), 1):
         beta = 1 - t**-0.8
         square = g.astype(np.float64) ** 2 + 1e-30
         if factored:
@@ -50,8 +52,37 @@ def test_adafactor_equals_numpy(shape: tuple[int, ...], weight_decay: float) -> 
         parameter.grad = torch.from_numpy(np.array(gradient))
         optimizer.step()
     np.testing.assert_allclose(
-        parameter.detach().numpy(), numpy_adafactor(start, grads, 0.03, weight_decay), rtol=2e-5, atol=1e-7
+        parameter.detach().numpy(), numpy_adafactor(start, grads, [0.03] * 5, weight_decay), rtol=2e-5, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("shape", [(9,), (40, 60), (130, 140)])
+def test_paper_optimizer_equals_numpy_over_steps_of_its_schedule(shape: tuple[int, ...]) -> None:
+    """configs/optimizer/paper.yaml as `build_optimizer` makes it, at rates of its schedule; parameters barely not zero
+    and large ones, so that updates are seen to be scaled by the parameter's RMS."""
+    recipe = read_recipe("configs/optimizer/paper.yaml")
+    config, schedule = OptimizerConfig(**recipe["optimizer"]), ScheduleConfig(**recipe["schedule"])
+    updates = [*range(1, 6), *range(996, 1006), *range(9_000, 9_005)]
+    rates = [learning_rate(schedule, config.lr_peak, update, 500_000) for update in updates]
+    assert rates == pytest.approx([min(k / 1000, 1) / max(k, 1000) ** 0.5 for k in updates], rel=1e-12)
+    generator = np.random.default_rng(4)
+    module = nn.ParameterDict()
+    starts, grads = {}, {}
+    for name, size in (("small", 1e-4), ("large", 30.0)):
+        starts[name] = (size * generator.normal(size=shape)).astype(np.float32)
+        grads[name] = [generator.normal(size=shape).astype(np.float32) for _ in updates]
+        module[name] = nn.Parameter(torch.from_numpy(starts[name].copy()))
+    optimizer = build_optimizer(module, config)
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name, parameter in module.items():
+            parameter.grad = torch.from_numpy(grads[name][step].copy())
+        optimizer.step()
+    for name, parameter in module.items():
+        want = numpy_adafactor(starts[name], grads[name], rates)
+        np.testing.assert_allclose(parameter.detach().numpy(), want, rtol=2e-5, atol=1e-5 * np.abs(want).max())
+        assert np.abs(want - starts[name]).max() > 0.03 * np.abs(starts[name]).max()
 
 
 def test_adafactor_keeps_factored_state_small() -> None:

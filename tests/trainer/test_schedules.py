@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from longspan.trainer.config import ScheduleConfig
+from longspan.trainer import recipes
+from longspan.trainer.config import RunConfig, ScheduleConfig, cross_problems
 from longspan.trainer.schedules import learning_rate
 
 
@@ -32,6 +35,19 @@ def test_paper_schedule_is_one_over_root_of_step() -> None:
     config = ScheduleConfig(name="rsqrt", warmup_steps=1000)
     assert learning_rate(config, 1000**-0.5, 4000, 500_000) == pytest.approx(4000**-0.5)
     assert learning_rate(config, 1000**-0.5, 1000, 500_000) == pytest.approx(0.0316, abs=1e-4)
+
+
+def test_paper_recipe_is_the_papers_optimizer(tmp_path: Path) -> None:
+    """As a base of a training recipe: valid, and the numbers of section 4."""
+    recipe = tmp_path / "paper.yaml"
+    recipe.write_text("base: [configs/quickstart.yaml, configs/optimizer/paper.yaml]\n")
+    config = recipes.load(RunConfig, recipe, cross_check=cross_problems)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.decay_rate) == ("adafactor", 0.9, 0.8)
+    assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.gain_lr_multiplier) == (0.0, 0.0, 1.0)
+    for update in (1, 500, 999, 1000, 1001, 4000, 500_000):
+        rate = learning_rate(config.schedule, optimizer.lr_peak, update, 500_000)
+        assert rate == pytest.approx(min(update / 1000, 1) / max(update, 1000) ** 0.5, rel=1e-12)
 
 
 def test_cosine_stays_at_its_floor_beyond_the_last_update() -> None:
