@@ -1,0 +1,73 @@
+"""What layers really keep for the backward pass, counted on the kernels' autograd functions in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longspan.kernels.backend import forced, interpreting
+from longspan.modeling import state as states
+from longspan.modeling.config import ModelConfig
+from longspan.modeling.model import build_model
+from longspan.trainer.plan.memory import loss_memory, saved
+from longspan.trainer.plan.setting import Setting
+
+TINY = {
+    "vocab_size": 64,
+    "dim": 64,
+    "num_heads": 2,
+    "head_dim": 32,
+    "ffn_dim": 256,
+    "window_tokens": 16,
+    "dropout": 0.0,
+}
+RECURRENT = {"mixer": "block_recurrent", "num_states": 16}
+SHORT, LONG = 32, 96
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="counts tensors of the CPU")
+
+
+def kept_bytes(config: ModelConfig, policy: str, length: int) -> int:
+    """Bytes of all storages that the graph of one forward pass holds, parameters and arguments left out."""
+    model = build_model(config).train()
+    model.set_activation_checkpointing(policy)
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    state = model.init_state(1)
+    reset = torch.zeros(1, -(-length // model.quantum), dtype=torch.bool)
+    given = [*model.parameters(), tokens, reset, *(leaf for _, leaf in states.leaves(state))]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor: so that its address stays its own
+        return tensor
+
+    with forced("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, state, reset=reset, labels=tokens)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "policy"),
+    [
+        ([{"mixer": "sliding_window"}], "none"),
+        ([{"mixer": "sliding_window", "positions": "rope"}], "none"),
+        ([{"mixer": "sliding_window"}], "mixer"),
+        ([{"mixer": "sliding_window", "repeat": 2}], "layer"),
+        ([RECURRENT], "none"),
+        ([RECURRENT], "layer"),
+    ],
+    ids=["window", "rotary", "window, mixer again", "window, layer again", "recurrent", "recurrent, layer again"],
+)
+def test_kept_bytes_grow_with_tokens_as_planned(layers: list[dict], policy: str) -> None:
+    """The growth, because tables of fixed size count for much in models as small as these and nothing in others."""
+    config = ModelConfig(**TINY, layers=layers)
+    planned = {}
+    for length in (SHORT, LONG):
+        setting = Setting(config, 1, length, 1, "fp32", policy, "none", 0)
+        kept = sum(sum(saved(setting, layer).values()) for layer in config.expanded_layers())
+        planned[length] = kept + loss_memory(setting)[0]
+    growth = kept_bytes(config, policy, LONG) - kept_bytes(config, policy, SHORT)
+    assert planned[LONG] - planned[SHORT] == pytest.approx(growth, rel=0.03)

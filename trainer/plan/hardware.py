@@ -1,0 +1,254 @@
+"""Measured rates of one kind of device, from `configs/hardware/NAME.yaml`, and the times that follow from them.
+
+Every number in such a file is one that `longspan bench` (or a matrix-product timing loop) prints. A section whose
+`source` starts with "estimate" has not been measured yet; the plan says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from longspan.errors import ConfigError, Problem
+from longspan.trainer import recipes
+
+Precision = Literal["fp32", "bf16"]
+ESTIMATE = "estimate"
+
+
+class Rates(BaseModel):
+    """Frozen, strict about unknown keys; base of every section of a hardware file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sourced(Rates):
+    """A section that says where its numbers come from."""
+
+    source: str = Field(min_length=1, description="how and when measured, or why estimated")
+
+
+class MatrixPoint(Rates):
+    """TFLOP/s of y[m, n] = x[m, k] W^T and of its two gradients."""
+
+    m: int = Field(ge=1, description="rows: tokens of a micro-batch")
+    n: int = Field(ge=1, description="width of the result")
+    k: int = Field(ge=1, description="width of the input")
+    forward: float = Field(gt=0)
+    input_gradient: float = Field(gt=0)
+    weight_gradient: float = Field(gt=0)
+
+
+class MatrixRates(Sourced):
+    """Matrix products."""
+
+    peak_tflops: float = Field(gt=0, description="8192 cubed in bf16: what shares are quoted of")
+    fp32_tflops: float = Field(gt=0, description="a large product of fp32 tensors")
+    points: tuple[MatrixPoint, ...] = Field(min_length=1, description="bf16")
+
+
+class AttentionPoint(Rates):
+    """Window attention forward and backward at one shape, bf16."""
+
+    tokens: int = Field(ge=1, description="rows x length")
+    window: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    forward_ms: float = Field(gt=0)
+    backward_ms: float = Field(gt=0)
+
+
+class AttentionRates(Sourced):
+    """The window attention kernel."""
+
+    tile_tokens: int = Field(ge=1, description="queries of one tile: keys up to so many past the window are visited")
+    points: tuple[AttentionPoint, ...] = Field(min_length=1)
+
+
+class DenseAttentionRates(Sourced):
+    """Attention of many short queries and keys without mask: reads of the state, and the parallel recomputation."""
+
+    forward_tflops: float = Field(gt=0)
+    backward_tflops: float = Field(gt=0, description="counted as 2.5 times the forward operations")
+
+
+class ChainPoint(Rates):
+    """One block at W = S = 512, 1024 wide, fixed gate, mode skip (9.66 GFLOP a row), with all reads kept."""
+
+    rows: int = Field(ge=1, description="sequences that share the step")
+    forward_us: float = Field(gt=0)
+    backward_us: float = Field(gt=0, description="adjoint, weight gradients, gradients of the tokens' keys and values")
+
+
+class ChainRates(Sourced):
+    """The state path's serial steps."""
+
+    row_gflop: float = Field(9.66, gt=0, description="forward operations of one row's step where `points` were taken")
+    points: tuple[ChainPoint, ...] = Field(min_length=1)
+    general_factor: float = Field(ge=1, description="slower by this where the fused kernels do not serve the variant")
+
+
+class LossRates(Sourced):
+    """Linear + cross-entropy, forward and backward together, at one shape, bf16."""
+
+    tokens: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    forward_backward_ms: float = Field(gt=0)
+
+
+class MemoryRates(Sourced):
+    """Passes over memory by kernels that do nothing else of weight."""
+
+    terabytes_per_second: float = Field(gt=0, description="read + write of a large copy")
+    kernel_us: float = Field(ge=0, description="least time of one small kernel on the device, its gap included")
+
+
+class HostRates(Sourced):
+    """The process that launches the kernels; it sets the pace of small models."""
+
+    operation_us: float = Field(ge=0, description="one tensor operation, its share of autograd included")
+    step_us: float = Field(ge=0, description="once a micro-batch")
+
+
+class Hardware(Rates):
+    """One kind of device."""
+
+    name: str = Field(description="as the driver calls it")
+    memory_gib: float = Field(gt=0, description="what the driver offers")
+    context_gib: float = Field(ge=0, description="taken by the CUDA context and libraries' workspaces")
+    allocator_slack: float = Field(ge=0, description="reserved over allocated memory, minus one")
+    matrix: MatrixRates
+    memory: MemoryRates
+    window_attention: AttentionRates
+    dense_attention: DenseAttentionRates
+    state_chain: ChainRates
+    cross_entropy: LossRates
+    host: HostRates
+
+    def estimated(self) -> list[str]:
+        """Sections whose numbers have not been measured, with the reason given."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return [
+            f"{name}: {section.source}"
+            for name, section in sections
+            if isinstance(section, Sourced) and section.source.startswith(ESTIMATE)
+        ]
+
+    def matrix_seconds(self, form: str, m: float, n: int, k: int, precision: Precision) -> float:
+        """Time of one product of m x n x k.
+
+        Args:
+            form: "forward", "input_gradient" (x[m, k] from y[m, n]) or "weight_gradient" (W[n, k] summed over m).
+            m, n, k: as in `MatrixPoint`.
+            precision: of the operands.
+        """
+        flops = 2.0 * m * n * k
+        if precision == "fp32":
+            return flops / (self.matrix.fp32_tflops * 1e12) + self.memory.kernel_us * 1e-6
+        return flops / (self._matrix_tflops(form, m, n, k) * 1e12)
+
+    def _matrix_tflops(self, form: str, m: float, n: int, k: int) -> float:
+        """The rate of the nearest measured (n, k), interpolated over m; proportional to m below the smallest m."""
+
+        def distance(point: MatrixPoint) -> float:
+            return math.hypot(math.log(point.n / n), math.log(point.k / k))
+
+        nearest = min(self.matrix.points, key=distance)
+        curve = sorted(
+            (math.log(point.m), getattr(point, form))
+            for point in self.matrix.points
+            if (point.n, point.k) == (nearest.n, nearest.k)
+        )
+        smallest, rate = curve[0]
+        if math.log(m) <= smallest:
+            # a shape of less work than the measured one fills the device as little as fewer rows would
+            return rate * min(1.0, max(m / math.exp(smallest), 1e-3))
+        return interpolate(curve, min(math.log(m), curve[-1][0]))
+
+    def traffic_seconds(self, num_bytes: float, kernels: float) -> float:
+        """Time to move `num_bytes` (reads and writes added) in `kernels` launches."""
+        moved = num_bytes / (self.memory.terabytes_per_second * 1e12)
+        return max(moved, kernels * self.memory.kernel_us * 1e-6)
+
+    def window_seconds(self, tokens: float, window: int, heads: int, head_dim: int) -> tuple[float, float]:
+        """Forward and backward time of window attention, scaled from the nearest measured shape by visited keys."""
+
+        def distance(point: AttentionPoint) -> float:
+            return math.hypot(math.log(point.window / window), 2 * math.log(point.head_dim / head_dim))
+
+        def work(tokens: float, window: int, heads: int, head_dim: int) -> float:
+            return tokens * heads * head_dim * (window + self.window_attention.tile_tokens)
+
+        point = min(self.window_attention.points, key=distance)
+        ratio = work(tokens, window, heads, head_dim) / work(point.tokens, point.window, point.heads, point.head_dim)
+        floor = self.memory.kernel_us * 1e-6
+        return max(ratio * point.forward_ms * 1e-3, floor), max(ratio * point.backward_ms * 1e-3, floor)
+
+    def chain_seconds(self, rows: float, row_gflop: float) -> tuple[float, float]:
+        """Forward and backward time of one serial step of `rows` sequences of `row_gflop` each.
+
+        Interpolated over the step's operations, counted in rows of the measured cell.
+        """
+        load = rows * row_gflop / self.state_chain.row_gflop
+        curves = (
+            sorted((float(point.rows), getattr(point, name)) for point in self.state_chain.points)
+            for name in ("forward_us", "backward_us")
+        )
+        forward, backward = (interpolate(curve, load) * 1e-6 for curve in curves)
+        return forward, backward
+
+    def loss_seconds(self, tokens: float, dim: int, vocab_size: int) -> float:
+        """Forward and backward time of linear + cross-entropy, by operations from the measured shape."""
+        measured = self.cross_entropy
+        ratio = tokens * dim * vocab_size / (measured.tokens * measured.dim * measured.vocab_size)
+        return ratio * measured.forward_backward_ms * 1e-3
+
+
+def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through `curve` (sorted by x), extended by its last slope above and by half its first below.
+
+    Half the first slope, because what is left of a small step is latency that does not shrink with the work.
+    """
+    if len(curve) == 1:
+        return curve[0][1]
+    if x < curve[0][0]:
+        (x0, y0), (x1, y1) = curve[:2]
+        return max(y0 + 0.5 * (y1 - y0) / (x1 - x0) * (x - x0), 0.5 * y0)
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x <= x1:
+            return y0 + (y1 - y0) / (x1 - x0) * (x - x0)
+    (x0, y0), (x1, y1) = curve[-2:]
+    return y1 + max(0.0, (y1 - y0) / (x1 - x0)) * (x - x1)
+
+
+def known_hardware() -> list[str]:
+    """Names of the packaged hardware files."""
+    return sorted(path.stem for path in (recipes.PACKAGED_CONFIGS / "hardware").glob("*.yaml"))
+
+
+def hardware_problems(name: str) -> list[Problem]:
+    """What is wrong with the name of a kind of device."""
+    known = known_hardware()
+    if name in known:
+        return []
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+    return [Problem(f"hardware = {name!r}", f"no rates of such a device. {advice}")]
+
+
+def load_hardware(name: str) -> Hardware:
+    """The rates of a kind of device.
+
+    Raises:
+        ConfigError: no such device, or its file is wrong.
+    """
+    problems = hardware_problems(name)
+    if problems:
+        raise ConfigError("plan", problems, "Pass --hardware NAME.")
+    return recipes.load(Hardware, f"configs/hardware/{name}.yaml")
