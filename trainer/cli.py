@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="longspan", description="Long-context pretraining with recurrent memory.")
     parser.add_argument("--version", action="version", version=f"longspan {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_data, _train, _evaluate, _evals, _export, _generate, _report, _checkpoint, _doctor):
+    for add in (_data, _train, _evaluate, _evals, _export, _generate, _report, _checkpoint, _plan, _bench, _doctor):
         add(commands)
     return parser
 
@@ -155,6 +155,53 @@ def _checkpoint(commands: Subparsers) -> None:
     actions = group.add_subparsers(metavar="ACTION", required=True)
     verify = _command(actions, "verify", "checkpoint_verify", "check every file of a checkpoint against its manifest")
     verify.add_argument("checkpoint", help="checkpoint folder, or run directory for all of its checkpoints")
+
+
+def _plan(commands: Subparsers) -> None:
+    plan = _command(commands, "plan", "plan", "parameters, memory and step time of a recipe, without a GPU", sets=True)
+    plan.add_argument("config", help="training recipe, or a recipe of a model alone (YAML)")
+    plan.add_argument("--hardware", default="h100", help="whose measured rates to use: configs/hardware/NAME.yaml")
+    only = "for a recipe of a model alone: "
+    plan.add_argument("--rows", type=int, metavar="B", help=f"{only}sequences of one step; 1 if not given")
+    plan.add_argument(
+        "--segment-tokens", type=int, metavar="N", help=f"{only}tokens of one sequence; 4096 if not given"
+    )
+    plan.add_argument(
+        "--vocab-size", type=int, metavar="V", help=f"{only}rows of the embedding; the model's if not given"
+    )
+    plan.add_argument("--precision", help=f"{only}bf16 (the default) or fp32")
+    plan.add_argument("--activation-checkpointing", help=f"{only}none (the default), mixer or layer")
+
+
+def _bench(commands: Subparsers) -> None:
+    group = commands.add_parser("bench", help="measure training and its kernels here, beside public ones")
+    actions = group.add_subparsers(metavar="BENCHMARK", required=True)
+    _command(actions, "list", "bench", "the benchmarks and their peers").set_defaults(benchmark="list")
+
+    def add(name: str, help_text: str, *counts: str) -> argparse.ArgumentParser:
+        parser = _command(actions, name, "bench", help_text)
+        parser.set_defaults(benchmark=name)
+        for option in counts:
+            parser.add_argument(option, type=int, help="sizes of the paper on a GPU, tiny ones on a CPU if not given")
+        parser.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU if not given")
+        parser.add_argument("--peers", default="all", metavar="NAMES", help="all, none, or names as in `bench list`")
+        parser.add_argument("--no-peers", action="store_const", const="none", dest="peers", help="--peers none")
+        parser.add_argument("--repeat", type=int, help="timed calls; 1.5 seconds of them if not given")
+        parser.add_argument("--profile", metavar="FILE", help="write the most expensive kernels of one call there")
+        parser.add_argument("--write-report", metavar="PAGE.md", help="append the results to this Markdown page")
+        return parser
+
+    step = add(
+        "step", "a training step of whole models, forward and backward", "--rows", "--segment-tokens", "--vocab-size"
+    )
+    step.add_argument("--model", action="append", default=[], help="recipe's name or path; several: repeat, or commas")
+    step.add_argument("--activation-checkpointing", choices=("none", "mixer", "layer"), default="none")
+    step.add_argument("--dropout", type=float, default=0.0)
+    step.add_argument("--optimizer", choices=("none", "adamw"), default="none", help="update weights in each step")
+    chain = add("block-recurrent", "state chain, and a whole recurrent mixer", "--rows", "--segment-tokens")
+    chain.add_argument("--model", help="recipe whose first recurrent layer to take")
+    add("window-attention", "sliding-window attention", "--rows", "--segment-tokens", "--window-tokens")
+    add("cross-entropy", "output layer with its loss", "--tokens", "--dim", "--vocab-size")
 
 
 def _doctor(commands: Subparsers) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from longspan.trainer import cli
 
+BENCH_OPTIONS = {"--precision", "--peers", "--no-peers", "--repeat", "--profile", "--write-report", "--json"}
 SURFACE = {
     "data build": {"config", "--out", "--set", "--json"},
     "data verify": {"folder", "--json"},
@@ -22,6 +23,31 @@ SURFACE = {
     "generate": {"model", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--json"},
     "report": {"run", "--json"},
     "checkpoint verify": {"checkpoint", "--json"},
+    "plan": {
+        "config",
+        "--hardware",
+        "--rows",
+        "--segment-tokens",
+        "--vocab-size",
+        "--precision",
+        "--activation-checkpointing",
+        "--set",
+        "--json",
+    },
+    "bench list": {"--json"},
+    "bench step": {
+        *BENCH_OPTIONS,
+        "--model",
+        "--rows",
+        "--segment-tokens",
+        "--vocab-size",
+        "--activation-checkpointing",
+        "--dropout",
+        "--optimizer",
+    },
+    "bench block-recurrent": {*BENCH_OPTIONS, "--model", "--rows", "--segment-tokens"},
+    "bench window-attention": {*BENCH_OPTIONS, "--rows", "--segment-tokens", "--window-tokens"},
+    "bench cross-entropy": {*BENCH_OPTIONS, "--tokens", "--dim", "--vocab-size"},
     "doctor": {"--json"},
 }
 

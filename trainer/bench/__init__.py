@@ -1,0 +1,1 @@
+"""`longspan bench`: what training and its kernels cost here, beside public ones, in one process."""

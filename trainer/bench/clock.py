@@ -1,0 +1,111 @@
+"""Timing of calls: device events on a GPU, the monotonic clock on a CPU; medians after warming up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_GPU_SECONDS, _GPU_CALLS = 1.5, (5, 100)  # time to fill with timed calls; fewest and most of them
+_CPU_SECONDS, _CPU_CALLS = 0.2, (3, 20)
+_WARM_SECONDS = 0.3  # long enough for a GPU's clocks to rise
+_FLUSH_BYTES = 2**28  # more than any L2 cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call.
+
+    Attributes:
+        median_ms, low_ms, high_ms: median, first and third quartile.
+        host_ms: mean time that the host took to issue a call; as long as the median when launches are the limit.
+        repeats: timed calls.
+        first_call_seconds: of the very first call, compilation included.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    host_ms: float
+    repeats: int
+    first_call_seconds: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def first_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, until the device is done."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def time_calls(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    repeat: int | None = None,
+    first_seconds: float = 0.0,
+    flush: bool = False,
+) -> Timing:
+    """Time a call that has run once already.
+
+    Args:
+        call: what is timed; must leave the machine as it found it.
+        device: where it runs.
+        repeat: timed calls; None: as many as fill the time set aside.
+        first_seconds: what the first call took, for the result.
+        flush: on a GPU overwrite the L2 cache between calls, for calls whose working set fits in it.
+    """
+    seconds = _warm(call, device)
+    budget, (fewest, most) = (_GPU_SECONDS, _GPU_CALLS) if device.type == "cuda" else (_CPU_SECONDS, _CPU_CALLS)
+    count = repeat or max(fewest, min(most, int(budget / max(seconds, 1e-9))))
+    times, host = _cuda_times(call, device, count, flush) if device.type == "cuda" else _cpu_times(call, count)
+    low, median, high = (times[0],) * 3 if len(times) == 1 else statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(median, low, high, host, count, first_seconds)
+
+
+def _warm(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a warm call."""
+    limit = _WARM_SECONDS if device.type == "cuda" else 0.0
+    spent, calls = 0.0, 0
+    while calls < 2 or (spent < limit and calls < 1000):
+        seconds = first_call(call, device)
+        spent, calls = spent + seconds, calls + 1
+    return seconds
+
+
+def _cuda_times(call: Callable[[], object], device: torch.device, count: int, flush: bool) -> tuple[list[float], float]:
+    scratch = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device) if flush else None
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    synchronize(device)
+    host = 0.0
+    for start, end in zip(starts, ends, strict=True):
+        if scratch is not None:
+            scratch.zero_()
+        start.record()
+        before = time.perf_counter()
+        call()
+        host += time.perf_counter() - before
+        end.record()
+    synchronize(device)
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)], 1e3 * host / count
+
+
+def _cpu_times(call: Callable[[], object], count: int) -> tuple[list[float], float]:
+    times = []
+    for _ in range(count):
+        before = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - before))
+    return times, sum(times) / count

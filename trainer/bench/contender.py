@@ -1,0 +1,161 @@
+"""One contender of a race, and the session that measures contenders one after another."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from longspan.trainer.bench.ceilings import Ceilings, measure_ceilings
+from longspan.trainer.bench.clock import Timing, first_call, time_calls
+from longspan.trainer.bench.floors import Cost, floor_ms
+from longspan.trainer.bench.profile import Profile
+from longspan.trainer.bench.result import OURS, Row, Status
+from longspan.trainer.bench.settings import Common
+from longspan.trainer.device import process_age_seconds
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Unavailable(Exception):
+    """A peer that cannot run here: `status` and the reason go into its row."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        """Args: status: "not installed" or "not supported"; reason: for the row's note."""
+        super().__init__(reason)
+        self.status: Status = status
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one contender does in one call.
+
+    Attributes:
+        call: does it once; gradients of the call before are gone or overwritten.
+        tokens: of one call.
+        costs: least operations and bytes of one call, or of one of its `parts`.
+        parts: blocks of a chain; times are given per part.
+        parameters: of a whole model.
+        small: the inputs fit in the L2 cache, which is then overwritten between calls.
+        note: for the row.
+    """
+
+    call: Callable[[], object]
+    tokens: int
+    costs: list[Cost]
+    parts: int = 1
+    parameters: int | None = None
+    small: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who runs what; `prepare` makes model and inputs, and may raise `Unavailable`."""
+
+    name: str
+    case: str
+    prepare: Callable[[], Work]
+
+
+class Session:
+    """Measures contenders in turn, each alone in memory."""
+
+    def __init__(self, common: Common, device: torch.device) -> None:
+        """Args: common: precision, repeats and profile; device: where everything runs."""
+        self.common = common
+        self.device = device
+        self.dtype = DTYPES[common.precision]
+        self.first_step_seconds: float | None = None
+        self.profile = Profile(device) if common.profile else None
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """The rates of this device, measured when first asked for."""
+        self._clear()
+        return measure_ceilings(self.device, self.dtype)
+
+    def race(self, contenders: list[Contender]) -> list[Row]:
+        """One row each, in order. What breaks becomes a row; the rest goes on."""
+        return [self._measure(contender) for contender in contenders]
+
+    def _measure(self, contender: Contender) -> Row:
+        print(f"bench: {contender.name}, {contender.case}", file=sys.stderr, flush=True)
+        self._clear()
+        try:
+            return self._timed(contender)
+        except Unavailable as error:
+            return Row(contender.name, contender.case, error.status, note=str(error))
+        except Exception as error:  # a peer may break in any way, and the others should still be measured
+            if contender.name == OURS:
+                traceback.print_exc()
+            return Row(contender.name, contender.case, "failed", note=_first_line(error))
+
+    def _timed(self, contender: Contender) -> Row:
+        work = contender.prepare()
+        first_seconds = first_call(work.call, self.device)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = process_age_seconds()
+        peak = self._peak_gib(work)
+        timing = time_calls(
+            work.call, self.device, repeat=self.common.repeat, first_seconds=first_seconds, flush=work.small
+        )
+        if self.profile is not None:
+            self.profile.add(f"{contender.name}, {contender.case}", work.call, timing.median_ms)
+        return self._row(contender, work, timing, peak)
+
+    def _row(self, contender: Contender, work: Work, timing: Timing, peak: float | None) -> Row:
+        per_part = 1 / work.parts
+        seconds = timing.median_ms * 1e-3
+        flops = sum(cost.flops for cost in work.costs)
+        ceilings = self.ceilings
+        share_6nd = None
+        if work.parameters is not None:
+            share_6nd = 6.0 * work.parameters * work.tokens / seconds / ceilings.matrix_flops
+        return Row(
+            contender=contender.name,
+            case=contender.case,
+            status="measured",
+            note=work.note,
+            ms=timing.median_ms * per_part,
+            low_ms=timing.low_ms * per_part,
+            high_ms=timing.high_ms * per_part,
+            host_ms=timing.host_ms * per_part,
+            repeats=timing.repeats,
+            first_call_seconds=timing.first_call_seconds,
+            tokens_per_second=work.tokens / seconds,
+            matrix_share=flops / (seconds * per_part) / ceilings.matrix_flops,
+            share_6nd=share_6nd,
+            peak_gib=peak,
+            floor_ms=floor_ms(work.costs, ceilings),
+            flops=flops,
+            num_bytes=sum(cost.num_bytes for cost in work.costs),
+            parameters=work.parameters,
+        )
+
+    def _peak_gib(self, work: Work) -> float | None:
+        """Of a warm call: a compiler's trials and what flushes the cache do not count."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.device)
+        first_call(work.call, self.device)
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
+    def _clear(self) -> None:
+        """Give back what the contender before held, so that each is alone in memory."""
+        if "torch._dynamo" in sys.modules:  # loading it takes seconds, and only compiled contenders need it
+            torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -1,0 +1,1 @@
+"""Public implementations that `longspan bench` races against, and the plain PyTorch model."""
