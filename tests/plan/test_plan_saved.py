@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from longspan.kernels.backend import forced, interpreting
+from longspan.kernels.block_recurrent import scan
 from longspan.modeling import state as states
 from longspan.modeling.config import ModelConfig
 from longspan.modeling.model import build_model
+from longspan.trainer.plan import memory
 from longspan.trainer.plan.memory import loss_memory, saved
 from longspan.trainer.plan.setting import Setting
 
@@ -57,11 +59,33 @@ def kept_bytes(config: ModelConfig, policy: str, length: int) -> int:
         ([{"mixer": "sliding_window"}], "mixer"),
         ([{"mixer": "sliding_window", "repeat": 2}], "layer"),
         ([RECURRENT], "none"),
+        ([RECURRENT], "mixer"),
         ([RECURRENT], "layer"),
+        ([RECURRENT | {"gate": "lstm"}], "none"),
     ],
-    ids=["window", "rotary", "window, mixer again", "window, layer again", "recurrent", "recurrent, layer again"],
+    ids=[
+        "window",
+        "rotary",
+        "window, mixer again",
+        "window, layer again",
+        "recurrent",
+        "recurrent, mixer again",
+        "recurrent, layer again",
+        "recurrent, lstm",
+    ],
 )
 def test_kept_bytes_grow_with_tokens_as_planned(layers: list[dict], policy: str) -> None:
+    check_growth(layers, policy)
+
+
+def test_border_states_alone_grow_with_tokens_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments whose reads are too many to be kept."""
+    monkeypatch.setattr(scan, "KEEP_LIMIT_BYTES", 0)
+    monkeypatch.setattr(memory, "CHAIN_KEEP_BYTES", 0)
+    check_growth([RECURRENT], "none")
+
+
+def check_growth(layers: list[dict], policy: str) -> None:
     """The growth, because tables of fixed size count for much in models as small as these and nothing in others."""
     config = ModelConfig(**TINY, layers=layers)
     planned = {}
@@ -71,3 +95,22 @@ def test_kept_bytes_grow_with_tokens_as_planned(layers: list[dict], policy: str)
         planned[length] = kept + loss_memory(setting)[0]
     growth = kept_bytes(config, policy, LONG) - kept_bytes(config, policy, SHORT)
     assert planned[LONG] - planned[SHORT] == pytest.approx(growth, rel=0.03)
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    from longspan.kernels.cross_entropy import autograd as loss
+    from longspan.kernels.feed_forward import autograd as feed_forward
+    from longspan.kernels.linear_attention import reference as linear_attention
+    from longspan.kernels.window_attention import fused
+    from longspan.kernels.window_attention.reference import MAX_DISTANCE
+    from longspan.kernels.window_attention.tiles import choose_tiles
+
+    assert memory.LOSS_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
+    assert memory.FFN_CHUNK_HIDDEN == feed_forward.MAX_CHUNK_HIDDEN
+    assert memory.CHAIN_KEEP_BYTES == scan.KEEP_LIMIT_BYTES
+    assert memory.CHAIN_CHUNK_BLOCKS == scan.CHUNK_BLOCK_ROWS
+    assert memory.LINEAR_CHUNK_TOKENS == linear_attention.CHUNK_TOKENS
+    assert memory.WINDOW_PIECE_TOKENS == fused.PIECE_TOKENS
+    assert memory.WINDOW_NEAR_TOKENS == MAX_DISTANCE
+    tiles = [choose_tiles(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]
+    assert {memory.WINDOW_TILE_TOKENS} == {tile.query_gradient.queries for tile in tiles}

@@ -1,7 +1,7 @@
 """Measured rates of one kind of device, from `configs/hardware/NAME.yaml`, and the times that follow from them.
 
-Every number in such a file is one that `longspan bench` (or a matrix-product timing loop) prints. A section whose
-`source` starts with "estimate" has not been measured yet; the plan says so.
+Every number in such a file is one that `longspan bench` (or a loop that times one kernel) prints. A section whose
+`source` starts with "estimate" has not been measured yet, nor has what `estimate` names in others; the plan says so.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Sourced(Rates):
     """A section that says where its numbers come from."""
 
     source: str = Field(min_length=1, description="how and when measured, or why estimated")
+    estimate: str = Field("", description="what of a measured section is none the less an estimate")
 
 
 class MatrixPoint(Rates):
@@ -90,7 +91,9 @@ class ChainRates(Sourced):
 
     row_gflop: float = Field(9.66, gt=0, description="forward operations of one row's step where `points` were taken")
     points: tuple[ChainPoint, ...] = Field(min_length=1)
-    general_factor: float = Field(ge=1, description="slower by this where the fused kernels do not serve the variant")
+    general_factor: float = Field(
+        ge=1, description="slower by this in modes dual and single, which have no fused chain"
+    )
 
 
 class LossRates(Sourced):
@@ -132,13 +135,15 @@ class Hardware(Rates):
     host: HostRates
 
     def estimated(self) -> list[str]:
-        """Sections whose numbers have not been measured, with the reason given."""
-        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return [
-            f"{name}: {section.source}"
-            for name, section in sections
-            if isinstance(section, Sourced) and section.source.startswith(ESTIMATE)
-        ]
+        """Numbers that have not been measured: sections with the reason given, and parts of sections."""
+        lines = []
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Sourced) and section.source.startswith(ESTIMATE):
+                lines.append(f"{name}: {section.source}")
+            elif isinstance(section, Sourced) and section.estimate:
+                lines.append(f"{name}: {section.estimate}")
+        return lines
 
     def matrix_seconds(self, form: str, m: float, n: int, k: int, precision: Precision) -> float:
         """Time of one product of m x n x k.

@@ -22,11 +22,15 @@ from longspan.trainer.plan.setting import Setting
 
 GIB = 2**30
 FP32 = 4
+# The kernels' own limits, repeated here because importing those loads torch; a test compares them.
 LOSS_CHUNK_LOGITS = 2**28  # logits that exist at a time
 FFN_CHUNK_HIDDEN = 2**27  # hidden values that exist at a time where they are not kept
 CHAIN_KEEP_BYTES = 2**31  # reads of the state above this are recomputed
-CHAIN_CHUNK_BLOCKS = 64  # blocks x rows whose reads exist at a time then
+CHAIN_CHUNK_BLOCKS = 64  # blocks x rows of the state path that pass through at a time
 LINEAR_CHUNK_TOKENS = 64
+WINDOW_PIECE_TOKENS = 2**16  # queries whose scores' gradients near the diagonal are stored at a time
+WINDOW_TILE_TOKENS = 64  # edge of a tile of them
+WINDOW_NEAR_TOKENS = 128  # distances with a T5 bucket of their own
 
 
 @dataclass(frozen=True)
@@ -122,16 +126,17 @@ def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
     )
     width = config.num_heads * config.head_dim
     head_row = int(tokens * width * element)
-    statistics = int(3 * tokens * config.num_heads * FP32)  # log of the sum, 1 / norm of query and key
+    by_head = int(tokens * config.num_heads * FP32)  # one number for each token and head
+    statistics = 3 * by_head  # log of the sum, 1 / norm of query and key
     kept = Counter({"normalised for the mixer": int(tokens * config.dim * element)})
     if isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig):
         kept += Counter({"packed weights": 3 * config.dim * width * element})
+        # the cache once more, with the strides of packed queries, keys and values; where documents start and end
+        kept += Counter({"cache": 3 * setting.rows * config.window_tokens * width * element})
+        kept += Counter({"statistics": int(2 * tokens * FP32)})
     match layer:
         case BlockRecurrentConfig():
-            # keys and values once more, normalised and behind the cache, for the scan
-            cached = int(2 * (tokens + setting.rows * config.window_tokens) * width * element)
-            kept += Counter({"projections": 4 * head_row, "mixed": 2 * head_row, "statistics": 2 * statistics})
-            kept += Counter({"keys and values": cached, "packed weights": 4 * config.dim * width * element})
+            kept += Counter({"projections": 4 * head_row, "mixed": 2 * head_row, "statistics": statistics + by_head})
             kept += _state_saved(setting, layer)
         case SlidingWindowConfig() if config.feedback:
             # the read of the state is plain PyTorch: query in fp32 too, both reads also side by side
@@ -145,21 +150,25 @@ def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
             states = int(tokens / LINEAR_CHUNK_TOKENS * width * config.head_dim * FP32)
             kept += Counter({"projections": 3 * head_row + 9 * wide, "mixed": head_row + 2 * wide, "scan": 3 * states})
         case _:
+            # with rotary positions the rotated copy is kept, not what it was made of
             kept += Counter({"projections": 3 * head_row, "mixed": head_row, "statistics": statistics})
-            if isinstance(layer, SlidingWindowConfig) and layer.positions == "rope":
-                kept += Counter({"rotated": 2 * head_row})
     return kept
 
 
 def _state_saved(setting: Setting, layer: BlockRecurrentConfig) -> Counter[str]:
-    """Border states, what the tokens read of them, and the state's own reads where there is room: blocks x S rows."""
+    """Border states; where there is room also what every state and token offers and reads. Blocks x S rows."""
     config, element = setting.model, setting.element_bytes
-    rows = _state_rows(setting, layer)
-    width = config.num_heads * config.head_dim
-    kept = Counter({"entering states": int(rows * config.dim * FP32)})
+    rows, heads = _state_rows(setting, layer), config.num_heads
+    width = heads * config.head_dim
+    if layer.update == "frozen":  # every block has the same state, in a copy of its own
+        return Counter({"state keys and values": int(2 * rows * width * element)})
+    kept = Counter({"packed weights": 4 * config.dim * width * element})
+    kept += Counter({"entering states": int(rows * config.dim * FP32)})
     if keeps_reads(setting, layer):
-        return kept + Counter({"state projections and reads": int(6 * rows * width * element)})
-    return kept + Counter({"state keys and values": int(2 * rows * width * element)})
+        cached = setting.tokens + setting.rows * config.window_tokens
+        kept += Counter({"keys and values": int(cached * (2 * width * element + heads * FP32))})
+        kept += Counter({"state projections and reads": int(rows * (6 * width * element + 5 * heads * FP32))})
+    return kept
 
 
 def _state_rows(setting: Setting, layer: BlockRecurrentConfig) -> float:
@@ -174,37 +183,70 @@ def keeps_reads(setting: Setting, layer: BlockRecurrentConfig) -> bool:
 
 
 def backward_workspace(setting: Setting, layer: object) -> float:
-    """Bytes alive around one layer's backward pass beside what was saved: gradients in flight, recomputed values."""
+    """Bytes alive at the worst moment of one layer's turn in the backward pass, beside what the forward pass kept.
+
+    Those are gradients in flight and values computed again, less what was kept and has been used by then. Two
+    moments compete: the feed-forward network's, when nothing is freed, and the mixer's, when all behind it is.
+    """
     config, element, tokens = setting.model, setting.element_bytes, _stack_tokens(setting)
     row, hidden = tokens * config.dim * element, tokens * config.ffn_dim * element
-    feed_forward = 2 * row + hidden  # gradient of the layer's output, of its hidden values, and of the FFN's input
     mixer = row + _mixer_workspace(setting, layer)  # with the gradient of the residual stream
-    if setting.checkpointing == "none":
-        return max(feed_forward, mixer)
-    again = sum(mixer_saved(setting, layer).values())
+    behind = 2 * row  # the sum after the mixer and its norm
+    again = 0.0 if setting.checkpointing == "none" else float(sum(mixer_saved(setting, layer).values()))
+    if setting.checkpointing == "layer":
+        # hidden vectors and their gradients exist in chunks, whose products are summed in fp32
+        chunk = min(FFN_CHUNK_HIDDEN, tokens * config.ffn_dim) * element
+        sums = 2 * config.dim * config.ffn_dim * FP32 if tokens * config.ffn_dim > FFN_CHUNK_HIDDEN else 0
+        # gradients of the layer's output and of the network's input
+        return again + max(behind + 2 * row + 2 * chunk + sums, mixer)
+    feed_forward = 2 * row + hidden  # the same, and the gradient of the hidden vectors
     if setting.checkpointing == "mixer":
-        return max(feed_forward, again - row + mixer)  # the mixer's input is kept, not computed again
-    # the sum after the mixer and its norm are there again; hidden vectors and their gradients exist in chunks
-    chunk = min(FFN_CHUNK_HIDDEN, tokens * config.ffn_dim) * element
-    sums = 2 * config.dim * config.ffn_dim * FP32 if tokens * config.ffn_dim > FFN_CHUNK_HIDDEN else 0
-    return again + max(4 * row + 2 * chunk + sums, mixer)
+        again -= row  # the mixer's input is kept
+    return max(feed_forward, again + mixer - behind - hidden)
 
 
 def _mixer_workspace(setting: Setting, layer: object) -> float:
-    """Bytes of gradients at the worst moment of a mixer's backward pass, less those of values freed by then."""
+    """Bytes of gradients at the worst moment of a mixer's backward pass, less what it kept and freed by then."""
     config, element, tokens = setting.model, setting.element_bytes, _stack_tokens(setting)
     width = tokens * config.num_heads * config.head_dim * element
-    window = 4 * width  # gradients of what was read and of the projections
+    if isinstance(layer, FullAttentionConfig | LinearAttentionConfig):
+        return 4 * width  # gradients of what was read and of the projections
+    window = 4 * width + _near_bytes(setting, layer)
     if not isinstance(layer, BlockRecurrentConfig):
         return window
-    rows = _state_rows(setting, layer)
-    state_width = config.num_heads * config.head_dim * element
-    chunk = min(rows, CHAIN_CHUNK_BLOCKS * layer.num_states)
-    # The scan: gradients of both reads' queries, of the states' keys and values, and in fp32 of the tokens' keys and
-    # values; of a chunk of blocks everything twice. The read of the state, its query and its result are done with.
-    scan = 2 * width + 2 * rows * state_width + 2 * width / element * FP32
-    scan += chunk * (state_width * (6 if keeps_reads(setting, layer) else 12) + config.dim * FP32)
-    return max(window + 3 * width, scan - 2 * width)
+    window += width  # the gradient of what the tokens read of the state waits
+    if layer.update == "frozen":
+        return window
+    # then the window's result and its gradient are gone, and the gradient of the state's queries is there
+    return max(window, 4 * width + _scan_chunk_bytes(setting, layer))
+
+
+def _near_bytes(setting: Setting, layer: object) -> float:
+    """Gradients of scores at distances that have a bucket of their own, stored to be summed by distance."""
+    config = setting.model
+    if isinstance(layer, SlidingWindowConfig) and layer.positions == "rope":
+        return 0.0
+    queries = min(_stack_tokens(setting), WINDOW_PIECE_TOKENS)
+    near = min(config.window_tokens, WINDOW_NEAR_TOKENS) + WINDOW_TILE_TOKENS
+    return queries * config.num_heads * near * setting.element_bytes
+
+
+def _scan_chunk_bytes(setting: Setting, layer: BlockRecurrentConfig) -> float:
+    """What exists of one chunk of blocks while the scan goes back through it."""
+    config, element = setting.model, setting.element_bytes
+    width = config.num_heads * config.head_dim
+    blocks = min(setting.tokens / config.window_tokens, max(CHAIN_CHUNK_BLOCKS, setting.rows))  # of all rows
+    # gradients: of keys and values offered, of all four projections, of both reads; the normalised state's and itself
+    of_state = 8 * width + 2 * config.dim
+    written = (3 if layer.gate == "lstm" else 1) * config.dim
+    of_state += written if layer.gate == "fixed" else 2 * written  # gradient in front of the gate, its inputs again
+    if layer.mode != "skip":
+        of_state += 2 * config.ffn_dim
+    of_tokens = 0
+    if not keeps_reads(setting, layer):  # both again
+        of_state += 6 * width
+        of_tokens = 2 * width
+    return blocks * element * (layer.num_states * of_state + config.window_tokens * of_tokens)
 
 
 def loss_memory(setting: Setting) -> tuple[float, float]:

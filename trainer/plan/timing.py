@@ -185,14 +185,18 @@ def _state(
     blocks = setting.segment_tokens / window
     flops = sum(operation.flops for operation in operations)
     forward, backward = hardware.chain_seconds(setting.rows, window * flops / 1e9)
-    if layer.mode != "skip" or layer.gate != "fixed":
+    if layer.mode != "skip":
         forward, backward = (x * hardware.state_chain.general_factor for x in (forward, backward))
     chain = step.part("state chain")
     chain.forward += blocks * forward
     chain.backward += blocks * backward
     chain.flops += 3 * setting.tokens * flops
+    # the state's view of the tokens: keys and values are read and written
+    copies = 4 * setting.tokens * setting.model.num_heads * setting.model.head_dim * setting.element_bytes
+    _traffic(step, hardware, "state read", copies, 1, 0)
     if keeps_reads(setting, layer):
         return
+    _traffic(step, hardware, "state read", copies, 1, 1)
     again = step.part("state reads again")
     for operation in operations:
         if operation.kind == "dense":
