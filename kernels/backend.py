@@ -19,6 +19,7 @@ from longspan.errors import ShapeError
 Backend = Literal["triton", "reference"]
 VARIABLE = "LONGSPAN_KERNELS"
 _CHOICES = ("auto", "triton", "reference")
+NO_AUTOCAST = "it does not take part in torch.autocast; convert the model to bf16 instead."
 _log = logging.getLogger("longspan.kernels")
 _forced: ContextVar[Backend | None] = ContextVar("longspan_kernels", default=None)
 
@@ -40,6 +41,11 @@ def forced(backend: Backend) -> Iterator[None]:
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU, statement by statement."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on for x's device: products then change types that a backward pass counts on."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def choose(operation: str, *tensors: Tensor, unsupported: str | None = None) -> Backend:

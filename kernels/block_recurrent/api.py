@@ -31,9 +31,13 @@ def block_recurrent(inputs: BlockRecurrentInputs, *, form: str | None = None) ->
         See `BlockRecurrentOutputs`.
 
     Raises:
-        ShapeError: state, cache, reset and tokens do not fit together, B or T is zero, devices differ.
+        ShapeError: state, cache, reset and tokens do not fit together, B or T is zero, devices differ, reset is
+            not bool.
+        ValueError: there is no such form.
     """
     inputs.check()
+    if form not in (None, "three_phase", *FORMS):
+        raise ValueError(f"form = {form!r}: use one of {', '.join(FORMS)}, three_phase.")
     if form == "three_phase":
         return scanned(inputs, fast=False)
     if form is None and backend.choose("block_recurrent", inputs.qkv, unsupported=unsupported(inputs)) == "triton":

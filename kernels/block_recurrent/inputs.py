@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.errors import ShapeError
 from longspan.kernels.block_recurrent.state_path import StatePath
-from longspan.kernels.window_attention.reference import l2_normalise, last_window
+from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise, last_window
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class BlockRecurrentInputs:
             raise ShapeError(
                 f"qkv is {list(self.qkv.shape)}, expected [B, T, 3, H, Dh] with at least one row and one token."
             )
+        if self.cached_keys.dim() != 4 or self.window == 0:
+            raise ShapeError(
+                f"cached_keys is {list(self.cached_keys.shape)}, expected [B, W, H, Dh] with a window of at least one."
+            )
         rows, tokens, _, heads, width = self.qkv.shape
         states, dim = self.path.initial.shape
         wanted = {
@@ -51,7 +55,7 @@ class BlockRecurrentInputs:
             "cached_keys": (rows, self.window, heads, width),
             "cached_values": (rows, self.window, heads, width),
             "state": (rows, states, dim),
-            "reset": (rows, -(-tokens // max(1, self.window))),
+            "reset": (rows, -(-tokens // self.window)),
         }
         for name, shape in wanted.items():
             given = getattr(self, name).shape
@@ -60,12 +64,27 @@ class BlockRecurrentInputs:
                     f"{name} is {list(given)}, expected {list(shape)} for {rows} rows of {tokens} tokens in blocks of "
                     f"{self.window}. Pass the state and the reset flags of the same rows and tokens."
                 )
+        if self.reset.dtype != torch.bool:
+            raise ShapeError(f"reset is {self.reset.dtype}: it must be bool. Use reset.bool().")
+        self._check_heads(heads)
         tensors = {name: getattr(self, name) for name in (*wanted, "bias_table", "scale", "state_scale")}
         for name, tensor in {**tensors, "initial state": self.path.initial}.items():
             if tensor.device != self.qkv.device:
                 raise ShapeError(
                     f"{name} is on {tensor.device}, qkv on {self.qkv.device}. Move all of them to one device."
                 )
+
+    def _check_heads(self, heads: int) -> None:
+        wanted = {
+            "bias_table": (heads, NUM_BUCKETS),
+            "scale": (heads,),
+            "state_scale": (heads,),
+            "drop": (heads, self.window, 2 * self.window),
+        }
+        for name, shape in wanted.items():
+            given = getattr(self, name)
+            if given is not None and given.shape != shape:
+                raise ShapeError(f"{name} is {list(given.shape)}, expected {list(shape)} for {heads} heads.")
 
     def normalised(self) -> NormalisedTokens:
         """What the plain PyTorch forms attend with."""

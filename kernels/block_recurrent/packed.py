@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from longspan.kernels.backend import autocasting
+
 
 class _ProjectTwice(torch.autograd.Function):
     @staticmethod
@@ -37,6 +39,8 @@ def project_twice(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
     Returns:
         [..., M], [..., N]; differentiable once.
     """
+    if autocasting(x):  # it changes the types of the products below
+        return F.linear(x, first), F.linear(x, second)
     return _ProjectTwice.apply(x, first, second)
 
 
@@ -70,4 +74,6 @@ def project_sum(own: Tensor, read: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., D]; differentiable once.
     """
+    if autocasting(own):
+        return F.linear(torch.cat([own, read], dim=-1), weight)
     return _ProjectSum.apply(own, read, weight)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.kernels import backend
 from longspan.kernels.block_recurrent.inputs import (
     BlockRecurrentInputs,
     BlockRecurrentOutputs,
@@ -23,6 +24,8 @@ def unsupported(inputs: BlockRecurrentInputs) -> str | None:
     if inputs.qkv.dtype not in DTYPES:
         return f"{inputs.qkv.dtype} has no kernel (bfloat16, float16 and float32 have)."
     write = inputs.path.write
+    if backend.autocasting(inputs.qkv):
+        return backend.NO_AUTOCAST
     if write is not None and write.gate is not None and write.gate.tanh and write.gate.bias is not None:
         return "a fixed gate that writes a tanh has no kernel."
     if inputs.qkv.shape[-1] not in HEAD_WIDTHS:

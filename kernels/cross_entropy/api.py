@@ -28,10 +28,16 @@ def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         the device, or give NaN.
 
     Raises:
-        ShapeError: labels and hidden have different leading shapes.
+        ShapeError: labels and hidden have different leading shapes, the widths differ, or labels are not int64.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ShapeError(f"labels are {list(labels.shape)}, hidden vectors {list(hidden.shape)}: [B, T] and [B, T, D].")
+    if hidden.dim() < 2 or embedding.dim() != 2 or embedding.shape[1] != hidden.shape[-1]:
+        raise ShapeError(
+            f"hidden vectors are {list(hidden.shape)}, the embedding {list(embedding.shape)}: [B, T, D] and [V, D]."
+        )
+    if labels.dtype != torch.int64:
+        raise ShapeError(f"labels are {labels.dtype}: they must be int64. Use labels.long().")
     unsupported = None
     if hidden.dtype == torch.float64:
         unsupported = "the kernel computes in fp32 and these tensors are fp64."

@@ -29,7 +29,8 @@ def feed_forward(x: Tensor, hidden_weight: Tensor, output_weight: Tensor, *, kee
     Raises:
         ShapeError: the widths differ.
     """
-    if hidden_weight.shape[1] != x.shape[-1] or output_weight.shape[1] != hidden_weight.shape[0]:
+    flat = x.dim() == 0 or hidden_weight.dim() != 2 or output_weight.dim() != 2
+    if flat or hidden_weight.shape[1] != x.shape[-1] or output_weight.shape[1] != hidden_weight.shape[0]:
         raise ShapeError(
             f"x is {list(x.shape)}, W1 {list(hidden_weight.shape)}, W2 {list(output_weight.shape)}: "
             "expected [..., D], [F, D], [D', F]."
@@ -37,6 +38,8 @@ def feed_forward(x: Tensor, hidden_weight: Tensor, output_weight: Tensor, *, kee
     unsupported = None
     if x.dtype == torch.float64:
         unsupported = "the kernel computes in fp32 and these tensors are fp64."
+    elif backend.autocasting(x):
+        unsupported = backend.NO_AUTOCAST
     elif not x.dtype == hidden_weight.dtype == output_weight.dtype:
         unsupported = f"x is {x.dtype}, the weights {hidden_weight.dtype} and {output_weight.dtype}."
     if backend.choose("feed_forward", x, hidden_weight, output_weight, unsupported=unsupported) == "triton":

@@ -82,11 +82,12 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None =
 
 
 def _choose(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None) -> backend.Backend:
-    dim = x.shape[-1]
-    if weight.shape != (dim,) or (mask is not None and (mask.dim() != 2 or mask.shape[1] != dim)):
+    dim = x.shape[-1] if x.dim() > 0 else 0
+    if weight.shape != (dim,) or (mask is not None and (x.dim() < 2 or mask.dim() != 2 or mask.shape[1] != dim)):
         mask_shape = None if mask is None else list(mask.shape)
         raise ShapeError(
-            f"x is {list(x.shape)}, weight {list(weight.shape)}, mask {mask_shape}: expected [..., D], [D], [M, D]."
+            f"x is {list(x.shape)}, weight {list(weight.shape)}, mask {mask_shape}: expected [..., D], [D], [M, D]; "
+            "with a mask x is [..., T, D]."
         )
     unsupported = None
     if dim > MAX_DIM:

@@ -270,4 +270,5 @@ def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor 
         x + delta (x itself without delta); RMS(x + delta) * weight * mask.
     """
     delta = None if delta is None else delta.contiguous()
-    return _ResidualNorm.apply(x.contiguous(), delta, weight, None if mask is None else mask.contiguous())
+    mask = None if mask is None else mask.contiguous()
+    return _ResidualNorm.apply(x.contiguous(), delta, weight.contiguous(), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError
@@ -46,7 +47,8 @@ def window_attention(
         out [B, T, H, Dh]; keys, values [B, W, H, Dh]: the cache for the next call.
 
     Raises:
-        ShapeError: the tensors do not fit together, have no rows or tokens, or are on different devices.
+        ShapeError: the tensors do not fit together, have no rows or tokens, or are on different devices; reset is not
+            bool.
     """
     _check(qkv, cached_keys, cached_values, bias_table, scale, reset, drop, positions)
     given = [x for x in (bias_table, drop) if x is not None]
@@ -81,6 +83,8 @@ def _check(
             f"{list(reset.shape)}: they must be [B, T, 3, H, Dh], twice [B, W, H, Dh], and [B, T]. Pass the state of "
             "the same rows."
         )
+    if reset.dtype != torch.bool:
+        raise ShapeError(f"reset is {reset.dtype}: it must be bool. Use reset.bool().")
     if (bias_table is None) != (positions == "rope"):
         raise ShapeError(f"positions = {positions!r}: give a bias table with 't5', None with 'rope'.")
     if bias_table is not None and bias_table.shape != (heads, NUM_BUCKETS):

@@ -67,6 +67,10 @@ def test_labels_of_another_shape_are_refused() -> None:
     hidden, embedding, labels = inputs(6)
     with pytest.raises(ShapeError, match=r"\[1, 5\]"):
         token_nll(hidden[None], embedding, labels[None, :5])
+    with pytest.raises(ShapeError, match="int64"):
+        token_nll(hidden[None], embedding, labels[None].int())
+    with pytest.raises(ShapeError, match=r"\[V, D\]"):
+        token_nll(hidden[None], embedding[:, 1:], labels[None])
 
 
 # --- the fused form, interpreted -------------------------------------------------------------------------------------

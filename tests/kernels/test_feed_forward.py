@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import ShapeError
+from longspan.kernels import backend
 from longspan.kernels.backend import forced
 from longspan.kernels.feed_forward import reference
 from longspan.kernels.feed_forward.api import feed_forward
@@ -102,6 +103,28 @@ def test_fp64_runs_the_reference() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ShapeError, match=r"W2 \[8, 11\]"):
         feed_forward(torch.zeros(3, 8), torch.zeros(12, 8), torch.zeros(8, 11))
+    with pytest.raises(ShapeError, match=r"W1 \[8\]"):
+        feed_forward(torch.zeros(3, 8), torch.zeros(8), torch.zeros(8, 12))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_one_vector(keep_hidden: bool) -> None:
+    x, w1, w2, _ = (t.float() for t in inputs((8,), 12))
+    with forced("triton"):
+        y = feed_forward(x, w1, w2, keep_hidden=keep_hidden)
+    assert torch.allclose(y, reference.feed_forward(x, w1, w2), atol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_under_autocast_the_reference_runs(keep_hidden: bool) -> None:
+    backend._warn_once.cache_clear()
+    tensors = [t.float().detach().requires_grad_() for t in inputs((4, 8), 12)[:3]]
+    with forced("triton"), torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
+        y = feed_forward(*tensors, keep_hidden=keep_hidden)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(t.grad is not None for t in tensors)
 
 
 @needs_interpreter

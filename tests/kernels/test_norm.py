@@ -82,6 +82,20 @@ def test_one_used_output_is_enough() -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("make", [lambda w: w[::2], lambda w: w[:1].expand(8)], ids=["strided", "expanded"])
+def test_a_weight_need_not_be_contiguous(make) -> None:  # type: ignore[no-untyped-def]
+    x, whole = torch.randn(3, 8), torch.randn(16)
+    found = []
+    for form, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        w = whole.to(dtype).requires_grad_()
+        with forced(form):
+            h = rms_norm(x.to(dtype), make(w))
+        found.append([h, torch.autograd.grad(h.square().sum(), w)[0]])
+    for ours, want in zip(*found, strict=True):
+        assert relative_error(ours, want) < 1e-6
+
+
+@needs_interpreter
 def test_no_rows() -> None:
     with forced("triton"):
         weight = torch.ones(8, requires_grad=True)
@@ -120,5 +134,9 @@ def test_wrong_shapes_are_named() -> None:
         rms_norm(torch.zeros(2, 8), torch.ones(7))
     with pytest.raises(ShapeError, match=r"mask \[4, 7\]"):
         residual_rms_norm(torch.zeros(2, 8), torch.ones(8), torch.ones(4, 7))
+    with pytest.raises(ShapeError, match=r"with a mask x is"):
+        rms_norm(torch.zeros(8), torch.ones(8), torch.ones(1, 8))
+    with pytest.raises(ShapeError, match=r"x is \[\]"):
+        rms_norm(torch.tensor(1.0), torch.ones(1))
     with pytest.raises(ShapeError, match=r"delta \[2, 4\]"):
         add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 4), torch.ones(8))

@@ -215,6 +215,9 @@ WRONG = {
     "cached_values": (lambda t: t[:, 1:], r"cached_values is \[3, 7, 2, 4\], expected \[3, 8, 2, 4\]"),
     "state_query": (lambda t: t[:, :5], r"state_query is \[3, 5, 2, 4\]"),
     "qkv": (lambda t: t[:, :0], r"qkv is \[3, 0, 3, 2, 4\], expected .* at least one row and one token"),
+    "cached_keys": (lambda t: t[:, :0], r"cached_keys is \[3, 0, 2, 4\], expected .* a window of at least one"),
+    "bias_table": (lambda t: t[:, 1:], r"bias_table is \[2, 31\], expected \[2, 32\]"),
+    "state_scale": (lambda t: t[:1], r"state_scale is \[1\], expected \[2\] for 2 heads"),
     "scale": (lambda t: t.to("meta"), r"scale is on meta, qkv on cpu"),
 }
 
@@ -226,6 +229,22 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     inputs = inputs_of(case)
     with pytest.raises(ShapeError, match=message):
         block_recurrent(inputs_of(case, **{name: change(getattr(inputs, name))}))
+
+
+def test_other_types_of_flags_and_unknown_forms_are_refused() -> None:
+    case = make_case("fixed", "skip", TINY)
+    with pytest.raises(ShapeError, match="must be bool"):
+        block_recurrent(inputs_of(case, reset=case.reset.long()))
+    with pytest.raises(ValueError, match="two_phase, sequential, three_phase"):
+        block_recurrent(inputs_of(case), form="two_fase")
+
+
+def test_under_autocast_the_plain_form_runs() -> None:
+    backend._warn_once.cache_clear()
+    case = make_case("fixed", "skip", Sizes(width=16, tokens=16)).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
+        found = everything(case, triton_form)
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 def test_rows_of_zero_are_refused() -> None:

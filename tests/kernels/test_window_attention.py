@@ -151,6 +151,12 @@ def test_geometry_made_in_inference_mode_can_be_trained_with() -> None:
     assert tensors[3].grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_flags_that_are_not_bool_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ShapeError, match="must be bool"):
+        window_attention(*inputs(4, 8), reset=torch.zeros(2, 8, dtype=dtype))
+
+
 def test_a_cache_of_other_rows_is_refused() -> None:
     tensors = inputs(4, 8)
     tensors[1] = tensors[1][:1]
