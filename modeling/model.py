@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,9 @@ class LanguageModel(nn.Module):
 
     def set_activation_checkpointing(self, policy: ActivationCheckpointing) -> None:
         """What the backward pass computes again instead of keeping it: "none", each "mixer", or each "layer"."""
+        policies = get_args(ActivationCheckpointing)
+        if policy not in policies:
+            raise ValueError(f"activation checkpointing = {policy!r}: use one of {', '.join(policies)}.")
         for module in self.modules():
             if isinstance(module, Stack):
                 module.set_activation_checkpointing(policy)
@@ -67,6 +72,8 @@ class LanguageModel(nn.Module):
         """
         if tokens.dim() != 2:
             raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B, T]. Add the missing dimension.")
+        if 0 in tokens.shape:
+            raise ShapeError(f"tokens are {list(tokens.shape)}: there must be at least one row and one token.")
         check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum)
         states.check(state, self.state_spec(), tokens.shape[0])
         y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)

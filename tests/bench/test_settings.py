@@ -101,6 +101,8 @@ def test_files_need_a_folder(tmp_path: Path) -> None:
         "step", "--write-report", str(tmp_path / "no" / "page.md"), "--profile", str(tmp_path / "no" / "p")
     )
     assert len(found) == 2 and all("there is no folder" in problem for problem in found)
+    found = problems("step", "--write-report", str(tmp_path), "--profile", str(tmp_path))
+    assert len(found) == 2 and all("is a folder" in problem for problem in found)
 
 
 def test_defaults_on_a_gpu_are_the_papers_sizes() -> None:

@@ -136,3 +136,8 @@ def test_the_training_configuration_names_the_policies() -> None:
     assert TrainingConfig(steps=1).activation_checkpointing == "none"
     for policy in POLICIES:
         assert TrainingConfig(steps=1, activation_checkpointing=policy).activation_checkpointing == policy
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="use one of none, mixer, layer"):
+        tiny_model("fixed_skip").set_activation_checkpointing("lyer")  # type: ignore[arg-type]

@@ -163,6 +163,21 @@ def test_wrong_shapes_are_named() -> None:
         model(tokens, {"layer0": state["layer0"]}, reset=no_reset(model, *tokens.shape))
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_no_rows_or_no_tokens_are_refused(shape: tuple[int, int]) -> None:
+    model = tiny_model("fixed_skip")
+    with pytest.raises(ShapeError, match="at least one row and one token"):
+        model(random_tokens(2, 8)[: shape[0], : shape[1]], model.init_state(shape[0]), reset=no_reset(model, *shape))
+
+
+def test_training_under_autocast() -> None:
+    model, tokens = tiny_model("fixed_skip"), random_tokens(2, 2 * WINDOW)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll, _, _ = model(tokens, model.init_state(2), reset=no_reset(model, *tokens.shape), labels=tokens)
+    nll.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_an_unknown_kind_of_state_is_refused() -> None:
     model = tiny_model("fixed_skip")
     with pytest.raises(UsageError, match=r"called memory\. Use recurrent, cache"):

@@ -139,6 +139,8 @@ def _common(args: argparse.Namespace, on_gpu: bool, checks: _Checks) -> dict[str
         path = getattr(args, option)
         if path is not None and not Path(path).parent.is_dir():
             checks.add(f"--{option.replace('_', '-')} {path}", f"there is no folder {Path(path).parent}. Create it.")
+        elif path is not None and Path(path).is_dir():
+            checks.add(f"--{option.replace('_', '-')} {path}", "is a folder. Name a file.")
     return {
         "precision": args.precision or ("bf16" if on_gpu else "fp32"),
         "repeat": args.repeat,
