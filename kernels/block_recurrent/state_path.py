@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.kernels.window_attention.reference import at_least_fp32, l2_normalise
+from longspan.kernels.norm.reference import rms_norm
+from longspan.kernels.window_attention.reference import l2_normalise
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,9 @@ class ProjectedState:
     token_query: Tensor | None = None  # [B, H, S, Dh], scaled
 
 
-def rms_normalise(x: Tensor, weight: Tensor) -> Tensor:
-    """x / sqrt(mean x^2 + 1e-6) * weight over the last dimension, computed in fp32 or more, in x's dtype."""
-    wide = at_least_fp32(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.to(wide.dtype)).to(x.dtype)
-
-
 def project_state(state: Tensor, path: StatePath, stacked: Tensor) -> ProjectedState:
     """Keys, values and queries of a state [B, S, D]: u = RMS(c) + ids, then the projections of `path.stacked()`."""
-    u = (rms_normalise(state, path.norm) + path.ids.to(state.dtype)).to(stacked.dtype)
+    u = (rms_norm(state, path.norm) + path.ids.to(state.dtype)).to(stacked.dtype)
     parts = F.linear(u, stacked).unflatten(-1, (-1, path.key.shape[0])).unflatten(-1, (path.heads, -1)).unbind(2)
     keys, values = l2_normalise(parts[0]).transpose(1, 2), parts[1].transpose(1, 2)
     if path.write is None:
@@ -162,5 +157,5 @@ def write_state(state: Tensor, projected: ProjectedState, keys: Tensor, values: 
     if write.ffn.norm is None:
         hidden = torch.relu(F.linear(read, write.ffn.hidden))
         return write.ffn.gate(state, torch.tanh(F.linear(hidden, write.ffn.output)), hidden)
-    hidden = torch.relu(F.linear(rms_normalise(state, write.ffn.norm).to(read.dtype), write.ffn.hidden))
+    hidden = torch.relu(F.linear(rms_norm(state, write.ffn.norm).to(read.dtype), write.ffn.hidden))
     return write.ffn.gate(state, F.linear(hidden, write.ffn.output), hidden)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.kernels.block_recurrent.scan_weights import ScanWeights
-from longspan.kernels.block_recurrent.state_path import Gate, rms_normalise
+from longspan.kernels.block_recurrent.state_path import Gate
+from longspan.kernels.norm.reference import rms_norm
 from longspan.kernels.window_attention.reference import at_least_fp32
 
 LOG2E = math.log2(math.e)
@@ -74,7 +75,7 @@ class WriteTape:
 
 def normalised_state(state: Tensor, weights: ScanWeights) -> Tensor:
     """u = RMS(c) + ids in the weights' type, [..., S, D]."""
-    return (rms_normalise(state, weights.norm) + weights.ids.to(state.dtype)).to(weights.stacked.dtype)
+    return (rms_norm(state, weights.norm) + weights.ids.to(state.dtype)).to(weights.stacked.dtype)
 
 
 def project(state: Tensor, weights: ScanWeights) -> tuple[Tensor, Tensor]:
@@ -157,7 +158,7 @@ def write(state: Tensor, reads: Tensor, weights: ScanWeights) -> tuple[Tensor, W
         state, tape.ffn_gate = _through_gate(weights.ffn_gate, state, tape.written, tape.hidden)
         return state, tape
     tape.middle = state
-    tape.ffn_input = rms_normalise(state, weights.ffn_norm).to(flat.dtype)
+    tape.ffn_input = rms_norm(state, weights.ffn_norm).to(flat.dtype)
     tape.hidden = torch.relu(F.linear(tape.ffn_input, weights.ffn_hidden))
     out = F.linear(tape.hidden, weights.ffn_output)
     state, tape.ffn_gate = _through_gate(weights.ffn_gate, state, out, tape.hidden)

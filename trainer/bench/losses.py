@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from longspan.kernels.cross_entropy.api import token_nll
 from longspan.trainer.bench.contender import Contender, Session, Unavailable, Work
 from longspan.trainer.bench.floors import loss_costs
-from longspan.trainer.bench.measured import Measured, by_key
-from longspan.trainer.bench.result import OURS, Ratio
+from longspan.trainer.bench.measured import Measured, speed_ratios
+from longspan.trainer.bench.result import OURS
 from longspan.trainer.bench.settings import LossSettings
 
 Case = tuple[int, int, int]
@@ -30,14 +30,7 @@ def measure(settings: LossSettings, session: Session) -> Measured:
         for name in (OURS, *settings.peers)
     ]
     rows = session.race(contenders)
-    ms = by_key(rows)
-    ratios = [
-        Ratio(f"{_title(case)}: speed of longspan / of {peer}", ms[peer, _title(case)] / ms[OURS, _title(case)])
-        for case in settings.cases
-        for peer in settings.peers
-        if (peer, _title(case)) in ms and (OURS, _title(case)) in ms
-    ]
-    return Measured(rows, ratios, [])
+    return Measured(rows, speed_ratios(rows, settings.peers), [])
 
 
 def _title(case: Case) -> str:

@@ -18,8 +18,8 @@ from longspan.modeling.config import BlockRecurrentConfig
 from longspan.modeling.mixers.block_recurrent import BlockRecurrent
 from longspan.trainer.bench.contender import Contender, Session, Unavailable, Work
 from longspan.trainer.bench.floors import chain_costs, layer_costs
-from longspan.trainer.bench.measured import Measured, by_key
-from longspan.trainer.bench.result import OURS, Ratio
+from longspan.trainer.bench.measured import Measured, speed_ratios
+from longspan.trainer.bench.result import OURS
 from longspan.trainer.bench.settings import ChainSettings
 
 
@@ -36,13 +36,7 @@ def measure(settings: ChainSettings, session: Session) -> Measured:
         for name in (OURS, *(peer for peer in settings.peers if peer == "eager"))
     ]
     rows = session.race(contenders)
-    ms = by_key(rows)
-    ratios = [
-        Ratio(f"{title}: speed of longspan / of {peer}", ms[peer, title] / ms[OURS, title])
-        for title in dict.fromkeys(contender.case for contender in contenders)
-        for peer in settings.peers
-        if (peer, title) in ms and (OURS, title) in ms
-    ]
+    ratios = speed_ratios(rows, settings.peers)
     layer = _layer(settings)
     notes = [
         f"{settings.model.name}: gate {layer.gate}, mode {layer.mode}, {layer.num_states} states, W = "

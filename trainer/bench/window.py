@@ -11,8 +11,8 @@ from torch import Tensor
 from longspan.kernels.window_attention.api import window_attention
 from longspan.trainer.bench.contender import Contender, Session, Work
 from longspan.trainer.bench.floors import window_costs
-from longspan.trainer.bench.measured import Measured, by_key
-from longspan.trainer.bench.result import OURS, Ratio
+from longspan.trainer.bench.measured import Measured, speed_ratios
+from longspan.trainer.bench.result import OURS
 from longspan.trainer.bench.settings import WindowSettings
 
 Shape = tuple[int, int]
@@ -29,13 +29,7 @@ def measure(settings: WindowSettings, session: Session) -> Measured:
         for name in (OURS, *settings.peers)
     ]
     rows = session.race(contenders)
-    ms = by_key(rows)
-    ratios = [
-        Ratio(f"{title}: speed of longspan / of {peer}", ms[peer, title] / ms[OURS, title])
-        for title in dict.fromkeys(contender.case for contender in contenders)
-        for peer in settings.peers
-        if (peer, title) in ms and (OURS, title) in ms
-    ]
+    ratios = speed_ratios(rows, settings.peers)
     notes = [
         f"W = {settings.window_tokens}, {settings.num_heads} heads of {settings.head_dim}. Ours includes normalising "
         "queries and keys, T5 bias, learned scales, cache and document starts; peers as their notes say."
