@@ -93,7 +93,7 @@ def _command(
 
 
 def _data(commands: Subparsers) -> None:
-    group = commands.add_parser("data", help="build, verify and describe shards")
+    group = commands.add_parser("data", help="build and verify shards")
     actions = group.add_subparsers(metavar="ACTION", required=True)
     build = _command(actions, "build", "data_build", "corpora -> shards + manifest", sets=True)
     build.add_argument("config", help="corpus recipe (YAML)")
