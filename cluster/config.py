@@ -14,5 +14,11 @@ class ParallelConfig(BaseModel):
 
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     cp: int = Field(1, ge=1, description="context-parallel ranks")
+    state_grad: Literal["full", "truncate"] = Field(
+        "full", description="whether a recurrent state's gradient crosses from one context-parallel rank to the next"
+    )
+    state_slices: int = Field(
+        1, ge=1, description="parts of a micro-batch in which recurrent state is handed on, so that ranks overlap"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards over dp x cp")
     timeout_seconds: float = Field(600.0, gt=0, description="longest wait for a collective")

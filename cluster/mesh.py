@@ -88,8 +88,9 @@ class Mesh:
     Attributes:
         rank, world_size: of all processes. local_rank, local_world_size: of those on this host.
         device: where this rank computes.
-        dp_rank, dp_size: data parallel, that is which lanes this rank runs; cp_size, tp_size: the other axes.
-        dp_cp_group: ranks over which losses and gradients are summed.
+        dp_rank, dp_size: data parallel, that is which lanes this rank runs.
+        cp_rank, cp_size: context parallel, that is which share of every lane's segment. tp_size: the other axis.
+        dp_cp_group: ranks over which losses and gradients are summed. cp_group: ranks that share this rank's lanes.
         control_group: all ranks, always over gloo, for small CPU messages.
     """
 
@@ -100,9 +101,11 @@ class Mesh:
     device: torch.device
     dp_rank: int
     dp_size: int
+    cp_rank: int
     cp_size: int
     tp_size: int
     dp_cp_group: Any
+    cp_group: Any
     control_group: Any
 
     @classmethod
@@ -145,9 +148,11 @@ class Mesh:
             device=torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"),
             dp_rank=int(parallel_state.get_data_parallel_rank()),
             dp_size=world_size // replica,
+            cp_rank=int(parallel_state.get_context_parallel_rank()),
             cp_size=parallel.cp,
             tp_size=parallel.tp,
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            cp_group=parallel_state.get_context_parallel_group(),
             control_group=dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD,
         )
 
@@ -155,6 +160,11 @@ class Mesh:
     def dp_cp_size(self) -> int:
         """Ranks over which losses and gradients are summed."""
         return self.dp_size * self.cp_size
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among dp x cp, for work that is divided by documents and not along the sequence."""
+        return self.dp_rank * self.cp_size + self.cp_rank
 
     def deepspeed_mpu(self) -> type[DeepSpeedMPU]:
         """What `deepspeed.initialize(mpu=...)` takes."""

@@ -43,6 +43,18 @@ class Batch:
         num_valid = int((cut["labels"] != NO_LABEL).sum())
         return Batch(**cut, num_valid=num_valid, num_bytes=int(cut["target_bytes"].sum()))
 
+    def share(self, rank: int, size: int) -> Batch:
+        """The contiguous share of every row that rank `rank` of `size` holds, with its own counts.
+
+        Labels were made before: that of a share's last token is the first token of the next share.
+        """
+        cut = {}
+        for name, tensor in self._tensors().items():
+            length = tensor.shape[1] // size if tensor.dim() > 1 else 0
+            cut[name] = tensor[:, rank * length : (rank + 1) * length] if length else tensor
+        num_valid = int((cut["labels"] != NO_LABEL).sum())
+        return Batch(**cut, num_valid=num_valid, num_bytes=int(cut["target_bytes"].sum()))
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.kernels.block_recurrent.state_path import cross_attend, project_state
+from longspan.kernels.context_parallel.carry import StateGrad, carry_state
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.window_attention.reference import l2_normalise
 from longspan.modeling.basic import Dense
 from longspan.modeling.config import ModelConfig, SlidingWindowConfig
@@ -16,7 +18,7 @@ from longspan.modeling.mixers.block_recurrent import BlockRecurrent
 from longspan.modeling.mixers.sliding_window import SlidingWindow
 from longspan.modeling.protocol import Aux
 from longspan.modeling.stack import MIXERS, Stack
-from longspan.modeling.state import State
+from longspan.modeling.state import State, pack, unpack
 
 _READ = ("read_keys", "read_values")
 
@@ -51,6 +53,10 @@ class FeedbackStack(Stack):
     one after another: nothing but the tokens of a block is parallel. Dropout masks are drawn anew for each block.
     """
 
+    shard: SequenceShard = ONE_RANK
+    state_slices: int = 1  # parts of the batch that are handed from rank to rank one by one
+    state_grad: StateGrad = "full"
+
     def __init__(self, model: ModelConfig) -> None:
         """Args: model: configuration; one layer is recurrent, all others are sliding windows."""
         super().__init__(model, MIXERS | {SlidingWindowConfig: FeedbackWindow})
@@ -61,15 +67,24 @@ class FeedbackStack(Stack):
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new state, sums of auxiliary losses."""
-        outputs: list[Tensor] = []
         total: Aux = {}
-        for index, block in enumerate(x.split(self.quantum, dim=1)):
-            starts = reset[:, index : index + 1]
-            y, state, aux = super().forward(block, self._with_read(state, self._offered(state, starts)), reset=starts)
-            outputs.append(y)
-            for key, value in aux.items():
-                total[key] = total[key] + value if key in total else value
-        return torch.cat(outputs, dim=1), state, total
+        names = list(pack(state))
+
+        def run(given: list[Tensor], rows: slice) -> tuple[Tensor, list[Tensor]]:
+            carried, outputs = unpack(dict(zip(names, given, strict=True))), []
+            for index, block in enumerate(x[rows].split(self.quantum, dim=1)):
+                starts = reset[rows, index : index + 1]
+                seen = self._with_read(carried, self._offered(carried, starts))
+                y, carried, aux = super(FeedbackStack, self).forward(block, seen, reset=starts)
+                outputs.append(y)
+                for key, value in aux.items():
+                    total[key] = total[key] + value if key in total else value
+            return torch.cat(outputs, dim=1), [pack(carried)[name] for name in names]
+
+        y, last = carry_state(
+            list(pack(state).values()), run, self.shard, slices=self.state_slices, state_grad=self.state_grad
+        )
+        return y, unpack(dict(zip(names, last, strict=True))), total
 
     def _offered(self, state: State, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, S, Dh] of the recurrent state that enters a block; starts bool [B, 1]."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.kernels.context_parallel.carry import StateGrad, carry_state
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.modeling import state as states
 from longspan.modeling.basic import RMSNorm
 from longspan.modeling.config import RecurrentMemoryConfig
@@ -23,6 +25,9 @@ class RecurrentMemory(StatefulModule):
 
     dependency = "stack_scan"
     lookback = 0
+    shard: SequenceShard = ONE_RANK
+    state_slices: int = 1  # parts of the batch that are handed from rank to rank one by one
+    state_grad: StateGrad = "full"
 
     def __init__(self, stack: StatefulModule, config: RecurrentMemoryConfig, dim: int, window: int) -> None:
         """Args: stack: what the memory goes round; config; dim: width; window: W, tokens of a block."""
@@ -46,15 +51,20 @@ class RecurrentMemory(StatefulModule):
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new memory, auxiliary loss of the written ones."""
-        memory, outputs = state["memory"], []
         total: Aux = {}
-        for index, block in enumerate(x.split(self.quantum, dim=1)):
-            memory = memory.masked_fill(reset[:, index, None, None], 0.0)
-            y, memory, aux = self._block(block, memory)
-            outputs.append(y)
-            for key, value in aux.items():
-                total[key] = total[key] + value if key in total else value
-        return torch.cat(outputs, dim=1), {"memory": memory}, total
+
+        def run(given: list[Tensor], rows: slice) -> tuple[Tensor, list[Tensor]]:
+            memory, outputs = given[0], []
+            for index, block in enumerate(x[rows].split(self.quantum, dim=1)):
+                memory = memory.masked_fill(reset[rows, index, None, None], 0.0)
+                y, memory, aux = self._block(block, memory)
+                outputs.append(y)
+                for key, value in aux.items():
+                    total[key] = total[key] + value if key in total else value
+            return torch.cat(outputs, dim=1), [memory]
+
+        y, last = carry_state([state["memory"]], run, self.shard, slices=self.state_slices, state_grad=self.state_grad)
+        return y, {"memory": last[0]}, total
 
     def _block(self, block: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Aux]:
         rows, tokens, _ = block.shape

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from longspan.cluster.config import ParallelConfig
 from longspan.data_pipeline.config import DataConfig
 from longspan.errors import Problem
-from longspan.modeling.config import ActivationCheckpointing, ModelConfig
+from longspan.modeling.config import ActivationCheckpointing, FullAttentionConfig, ModelConfig
 
 
 class Section(BaseModel):
@@ -161,8 +161,30 @@ def _engine_problems(config: RunConfig) -> list[Problem]:
                 "training.precision = bf16 keeps its fp32 master weights in ZeRO 1 to 3. Use zero_stage: 1.",
             )
         )
-    for axis in ("tp", "cp"):
-        size = getattr(config.parallel, axis)
-        if size > 1:
-            problems.append(Problem(f"parallel.{axis} = {size}", "only 1 is supported so far: use data parallelism."))
+    if config.parallel.tp > 1:
+        what = "only 1 is supported so far: use data or context parallelism."
+        problems.append(Problem(f"parallel.tp = {config.parallel.tp}", what))
+    return problems + _context_parallel_problems(config)
+
+
+def _context_parallel_problems(config: RunConfig) -> list[Problem]:
+    cp, segment, quantum = config.parallel.cp, config.data.segment_tokens, config.model.quantum
+    if cp == 1:
+        return []
+    problems = []
+    if segment % (cp * quantum):
+        problems.append(
+            Problem(
+                f"parallel.cp = {cp}",
+                f"data.segment_tokens = {segment} does not divide into {cp} shares of whole blocks of {quantum} tokens. "
+                f"Use a multiple of {cp * quantum}.",
+            )
+        )
+    if config.model.dropout and any(isinstance(layer, FullAttentionConfig) for layer in config.model.expanded_layers()):
+        problems.append(
+            Problem(
+                f"model.dropout = {config.model.dropout}",
+                "full attention over several ranks has no dropout. Set model.dropout: 0, or parallel.cp: 1.",
+            )
+        )
     return problems

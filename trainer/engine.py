@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from longspan.cluster.mesh import Mesh
 from longspan.data_pipeline.batch import Batch
-from longspan.modeling import state as states
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
+from longspan.modeling.context_parallel import set_sequence_shard, shared_state
 from longspan.modeling.model import LanguageModel
 from longspan.trainer.config import RunConfig
 from longspan.trainer.logical_state import OptimizerState, Weights, logical_state
@@ -60,18 +61,18 @@ class StepResult:
 class _SummedLoss(nn.Module):
     """The model with its loss: the only output that carries a gradient is the scaled sum."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shard: SequenceShard) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.shard = model, shard
 
     def forward(self, batch: Batch, state: Any, scale: float | Tensor) -> tuple[Tensor, Any, Tensor]:
-        """Returns (scaled loss, new state cut from the graph, float32 [3]: nats, nats of byte tokens, auxiliary)."""
+        """Returns (scaled loss, state after the whole segment, float32 [3]: nats, nats of byte tokens, auxiliary)."""
         nll, new_state, aux = self.model(batch.tokens, state, reset=batch.reset, labels=batch.labels)
         nats = nll.sum()
         extra = sum(aux.values(), nats.new_zeros(()))
         with torch.no_grad():
             sums = torch.stack([nats, (nll * (batch.target_bytes > 0)).sum(), extra])
-        return (nats + extra) * scale, states.detach(new_state), sums
+        return (nats + extra) * scale, shared_state(new_state, self.shard), sums
 
 
 class Engine:
@@ -85,13 +86,16 @@ class Engine:
         self.clip_norm = config.optimizer.clip_norm
         self.num_micro_batches = config.data.lanes // (mesh.dp_size * config.training.micro_batch_lanes)
         model.to(mesh.device)
+        self._parallel = config.parallel
+        self._shard = SequenceShard.of(mesh.cp_group, mesh.device)
+        self._divide_sequences(self._shard)
         self.optimizer = build_optimizer(model, config.optimizer)
         # its shared-memory collectives would be compiled at the first start; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.stage == 3:
             _gather_by_layer(model)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=_SummedLoss(model),
+            model=_SummedLoss(model, self._shard),
             optimizer=self.optimizer,
             mpu=mesh.deepspeed_mpu(),
             dist_init_required=False,
@@ -166,13 +170,20 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[LanguageModel]:
-        """The bare model in evaluation mode, without gradients and with its parameters whole."""
+        """The bare model in evaluation mode on whole sequences, without gradients and with its parameters whole."""
         self.model.eval()
+        self._divide_sequences(ONE_RANK)
         try:
             with torch.no_grad(), self._whole_parameters() if self.stage == 3 else contextlib.nullcontext():
                 yield self.model
         finally:
+            self._divide_sequences(self._shard)
             self.model.train()
+
+    def _divide_sequences(self, shard: SequenceShard) -> None:
+        set_sequence_shard(
+            self.model, shard, state_slices=self._parallel.state_slices, state_grad=self._parallel.state_grad
+        )
 
     @contextlib.contextmanager
     def _whole_parameters(self) -> Iterator[None]:

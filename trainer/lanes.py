@@ -28,21 +28,25 @@ class Lanes:
         self.stop = self.start + per_rank
         self._engine = engine
         self._size = micro_batch_lanes
+        self._started: list[Tensor] = []
         with engine.evaluating() as model:
             fresh = [model.init_state(micro_batch_lanes, engine.mesh.device) for _ in range(engine.num_micro_batches)]
         self.carried: list[State] = [states.detach(state) for state in fresh]
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """The rows of `batch` that each micro-batch runs, on the mesh's device."""
-        count = len(self.carried)
+        """This rank's share of the rows of `batch` that each micro-batch runs, on the mesh's device."""
+        count, mesh = len(self.carried), self._engine.mesh
         parts = [batch] if count == 1 else [batch.rows(i * self._size, (i + 1) * self._size) for i in range(count)]
-        return [part.to(self._engine.mesh.device) for part in parts]
+        self._started = [part.reset.any(dim=1).to(mesh.device) for part in parts]
+        if mesh.cp_size > 1:
+            parts = [part.share(mesh.cp_rank, mesh.cp_size) for part in parts]
+        return [part.to(mesh.device) for part in parts]
 
     def advance(self, new: Sequence[State]) -> None:
         """Carry on with the states that a step returned."""
         self.carried = list(new)
 
-    def roll_back(self, batches: Sequence[Batch]) -> None:
+    def roll_back(self) -> None:
         """After a skipped step: every lane keeps the state it had before. Every rank must call this.
 
         Only a lane in which a document started goes to its initial state: what it carries belongs to a document that
@@ -50,8 +54,7 @@ class Lanes:
         """
         # on every rank, whether or not a document starts there: at ZeRO 3 gathering the parameters takes all of them
         with self._engine.evaluating() as model:
-            for index, batch in enumerate(batches):
-                started = batch.reset.any(dim=1)
+            for index, started in enumerate(self._started):
                 if bool(started.any()):
                     self.carried[index] = states.detach(model.reset_rows(self.carried[index], started))
 

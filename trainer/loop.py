@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from longspan.cluster.mesh import Mesh
-from longspan.data_pipeline.reader import LaneReader
 from longspan.errors import CheckpointError, DivergenceError, Stopped, UsageError
 from longspan.modeling.model import build_model
 from longspan.trainer.config import RunConfig
@@ -119,12 +118,12 @@ class Run:
         model.set_activation_checkpointing(config.training.activation_checkpointing)
         self.engine = Engine(model, config, mesh)
         self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
-        self.reader = LaneReader(self.source.plan, self.source.documents, self.lanes.start, self.lanes.stop)
+        self.reader = self.source.lane_reader(self.lanes.start, self.lanes.stop, config.data.prefetch_steps)
         self.checkpoints = Checkpoints(
             config, self.run_dir / "checkpoints", self.engine, self.lanes, self.reader, self.note
         )
         self.validation = Validation(config, self.source.manifest.split("held_out"), self.source.documents, mesh)
-        seed_everything(config.seed, mesh.rank + 1)
+        seed_everything(config.seed, mesh.dp_rank + 1)  # ranks that share a lane draw the same dropout
 
     def _start(self, resume: bool, init_from: Path | None) -> bool:
         """Set the starting point; whether it is a checkpoint of this run."""
@@ -187,7 +186,7 @@ class Run:
         batches = self.lanes.micro_batches(self.mesh.on_every_rank(lambda: self.reader.batch(self.step)))
         result, carried = self.engine.step(batches, self.lanes.carried, lr, stop=bool(self.stop))
         if result.skipped:
-            self.lanes.roll_back(batches)
+            self.lanes.roll_back()
         else:
             self.lanes.advance(carried)
             self.last = result

@@ -51,7 +51,7 @@ class Checkpoints:
                 step=step,
                 weights=self._engine.weights(),
                 optimizer=self._engine.optimizer_state(),
-                lanes=self._lanes.packed(),
+                lanes=self._lanes.packed() if self._engine.mesh.cp_rank == 0 else None,  # the same on all of cp
                 lane_start=self._lanes.start,
                 lane_stop=self._lanes.stop,
                 data=self._reader.state(step),
@@ -80,7 +80,7 @@ class Checkpoints:
         if state.rng:
             rng.restore(state.rng)
         else:  # written by fewer ranks
-            seed_everything(self._config.seed, self._engine.mesh.rank + 1, state.step)
+            seed_everything(self._config.seed, self._engine.mesh.dp_rank + 1, state.step)
         self._note(f"resuming from {folder} at step {state.step}")
         for line in changed:
             self._note(f"changed since: {line}")

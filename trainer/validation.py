@@ -74,11 +74,11 @@ class Validation:
         self._limit = config.validation.max_document_tokens + 1
         rows = assign_rows(
             [(entry, -(-(self._tokens_of(entry) - 1) // self._length)) for entry in entries],
-            mesh.dp_size * config.training.micro_batch_lanes,
+            mesh.dp_cp_size * config.training.micro_batch_lanes,
         )
         segments = [[(entry, i * self._length) for entry, count in row for i in range(count)] for row in rows]
         # the longest rows first on each rank, so that rows which end leave a prefix
-        self._rows: list[list[Segment]] = segments[mesh.dp_rank :: mesh.dp_size] or [[]]
+        self._rows: list[list[Segment]] = segments[mesh.data_rank :: mesh.dp_cp_size] or [[]]
         self.num_forwards = len(segments[0]) if segments else 0
         self._bad: set[str] = set()
 

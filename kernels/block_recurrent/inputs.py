@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ class BlockRecurrentInputs:
     def tokens(self) -> int:
         """T."""
         return self.qkv.shape[1]
+
+    def rows(self, rows: slice, state: Tensor) -> BlockRecurrentInputs:
+        """The same for some rows of the batch, with their state [b, S, D]."""
+        if rows == slice(0, self.qkv.shape[0]):
+            return replace(self, state=state)
+        names = ("qkv", "state_query", "cached_keys", "cached_values", "reset")
+        return replace(self, state=state, **{name: getattr(self, name)[rows] for name in names})
 
     def check(self) -> None:
         """Raises ShapeError unless everything fits together."""

@@ -42,6 +42,23 @@ def chunked(
     return y, sums[..., :-1].contiguous(), sums[..., -1].contiguous()
 
 
+def summary(k: Tensor, v: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+    """What a run of tokens does to the state: state after = factor * state before + added.
+
+    Args:
+        k: [B, T, H, K]. v: [B, T, H, V]. reset: bool [B, T], a document starts with this token.
+
+    Returns:
+        factor [B, 1, 1, 1], 0 where a document starts in the run, else 1; added [B, H, K, V+1], the matrix and, as its
+        last column, the normaliser; fp32 or more.
+    """
+    k, v = feature_map(k), F.pad(at_least_fp32(v), (0, 1), value=1.0)
+    document = reset.long().cumsum(1)
+    k = k.masked_fill((document != document[:, -1:])[..., None, None], 0.0)
+    factor = (document[:, -1] == 0).to(k.dtype)[:, None, None, None]
+    return factor, torch.einsum("bthk,bthv->bhkv", k, v)
+
+
 def _cut(x: Tensor, chunk: int) -> Tensor:
     """[B, T, H, D] -> [B, n, H, C, D], zeros behind the last token."""
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).transpose(2, 3)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longspan.kernels.block_recurrent.api import block_recurrent
-from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs
+from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs, token_resets
 from longspan.kernels.block_recurrent.packed import project_sum, project_twice
 from longspan.kernels.block_recurrent.state_path import (
     Gate,
@@ -18,6 +18,9 @@ from longspan.kernels.block_recurrent.state_path import (
     project_state,
     write_state,
 )
+from longspan.kernels.context_parallel.carry import StateGrad, carry_state
+from longspan.kernels.context_parallel.halo import window_cache
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise
 from longspan.modeling.basic import Dense, RMSNorm, dropout_mask
@@ -122,6 +125,9 @@ class BlockRecurrent(StatefulModule):
     """
 
     dependency = "state_scan"
+    shard: SequenceShard = ONE_RANK
+    state_slices: int = 1  # parts of the batch that are handed from rank to rank one by one
+    state_grad: StateGrad = "full"
 
     def __init__(self, model: ModelConfig, layer: BlockRecurrentConfig, reset_grid: int) -> None:
         """Args: model, layer: configuration; reset_grid: unused, documents start on multiples of W here anyway."""
@@ -167,25 +173,43 @@ class BlockRecurrent(StatefulModule):
         if self.training and self.dropout > 0:
             drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
         qkv, state_query = project_twice(x, self._stacked(), self.state_query.weight)
-        out = block_recurrent(
-            BlockRecurrentInputs(
-                qkv=qkv.unflatten(-1, (3, self.heads, -1)),
-                state_query=state_query.unflatten(-1, (self.heads, -1)),
-                cached_keys=state["keys"],
-                cached_values=state["values"],
-                bias_table=self.position_table,
-                scale=self.scale,
-                state_scale=self.state_scale,
-                state=self._state_vectors(state, x.shape[0]),
-                reset=reset,
-                path=self.recurrent.weights(),
-                drop=drop,
-            )
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        starts = token_resets(reset, x.shape[1], self.window)
+        keys, values = window_cache(qkv, state["keys"], state["values"], starts, self.shard)
+        inputs = BlockRecurrentInputs(
+            qkv=qkv,
+            state_query=state_query.unflatten(-1, (self.heads, -1)),
+            cached_keys=keys,
+            cached_values=values,
+            bias_table=self.position_table,
+            scale=self.scale,
+            state_scale=self.state_scale,
+            state=self._state_vectors(state, x.shape[0]),
+            reset=reset,
+            path=self.recurrent.weights(),
+            drop=drop,
         )
-        new_state: State = {"keys": out.keys, "values": out.values}
+        y, new_state = self._attend(inputs)
+        return y, new_state, {}
+
+    def _attend(self, inputs: BlockRecurrentInputs) -> tuple[Tensor, State]:
+        """Attention and output projection, the state handed from rank to rank."""
+        caches: list[tuple[Tensor, Tensor]] = []
+
+        def run(vectors: list[Tensor], rows: slice) -> tuple[Tensor, list[Tensor]]:
+            out = block_recurrent(inputs.rows(rows, vectors[0]))
+            caches.append((out.keys, out.values))
+            return project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight), [out.state.contiguous()]
+
+        if self.recurrent.write is None:
+            y, last = run([inputs.state], slice(0, inputs.state.shape[0]))
+        else:
+            y, last = carry_state([inputs.state], run, self.shard, slices=self.state_slices, state_grad=self.state_grad)
+        keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*caches, strict=True))
+        new_state: State = {"keys": keys, "values": values}
         if self.recurrent.write is not None:
-            new_state["state"] = out.state.contiguous()
-        return project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight), new_state, {}
+            new_state["state"] = last[0]
+        return y, new_state
 
     def decode_state(self, state: State) -> State:
         """Rolling keys and values of the last 2W tokens, state, its projections, and tokens of the open block."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.errors import UsageError
+from longspan.kernels.context_parallel.ring_layer import ring_layer
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.full_attention.api import full_attention
 from longspan.modeling.basic import Dense
 from longspan.modeling.config import FullAttentionConfig, ModelConfig
@@ -17,6 +20,7 @@ class FullAttention(StatefulModule):
 
     quantum = 1
     dependency = "parallel"
+    shard: SequenceShard = ONE_RANK
 
     def __init__(self, model: ModelConfig, layer: FullAttentionConfig, reset_grid: int) -> None:
         """Args: model, layer: configuration; reset_grid: unused, documents may start anywhere."""
@@ -37,14 +41,12 @@ class FullAttention(StatefulModule):
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss."""
         q, k, v = (dense(x).unflatten(-1, (self.heads, -1)) for dense in (self.query, self.key, self.value))
-        y, keys, values, tokens = full_attention(
-            q,
-            k,
-            v,
-            state["keys"],
-            state["values"],
-            state["tokens"],
-            reset=reset,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        before = state["keys"], state["values"], state["tokens"]
+        dropout = self.dropout if self.training else 0.0
+        if self.shard.size == 1:
+            y, keys, values, tokens = full_attention(q, k, v, *before, reset=reset, dropout=dropout)
+        elif dropout > 0:
+            raise UsageError("full attention over several ranks has no dropout. Set model.dropout=0.")
+        else:
+            y, keys, values, tokens = ring_layer(q, k, v, *before, reset=reset, shard=self.shard)
         return self.output(y.flatten(2)), {"keys": keys, "values": values, "tokens": tokens}, {}

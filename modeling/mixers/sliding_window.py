@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longspan.kernels.context_parallel.halo import window_cache
+from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS
 from longspan.modeling.basic import Dense, dropout_mask
@@ -20,6 +22,7 @@ class SlidingWindow(StatefulModule):
 
     quantum = 1
     dependency = "parallel"
+    shard: SequenceShard = ONE_RANK
 
     def __init__(self, model: ModelConfig, layer: SlidingWindowConfig, reset_grid: int) -> None:
         """Args: model, layer: configuration; reset_grid: documents start on multiples of so many tokens only."""
@@ -57,8 +60,7 @@ class SlidingWindow(StatefulModule):
             drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
         out, keys, values = window_attention(
             qkv,
-            state["keys"],
-            state["values"],
+            *window_cache(qkv, state["keys"], state["values"], reset, self.shard),
             self.position_table if self.positions == "t5" else None,
             self.scale,
             reset=reset,

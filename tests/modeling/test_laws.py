@@ -314,9 +314,7 @@ def test_law_7_another_batch_selects_rows_or_fails_loudly(name: str) -> None:
 # --- 8 context parallel --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skip(reason="joins with context parallelism: n ranks against one, outputs and gradients, every model here")
-@every_model
-def test_law_8_context_parallel_is_one_rank(name: str) -> None: ...
+# tests/parallel/test_context_parallel.py runs every model here on two and four ranks
 
 
 # --- 9 parameter counts: test_parameters.py has the paper's table; here the spec against the state -----------------

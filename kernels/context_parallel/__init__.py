@@ -1,0 +1,1 @@
+"""One sequence over several ranks: halo exchange, ring attention, hand-over of block states, scan of affine states."""
