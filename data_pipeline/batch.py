@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from longspan.data_pipeline.vocabulary import NO_LABEL
+from longspan.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,30 @@ class Batch:
         return Batch(**cut, num_valid=num_valid, num_bytes=int(cut["target_bytes"].sum()))
 
     def share(self, rank: int, size: int) -> Batch:
-        """The contiguous share of every row that rank `rank` of `size` holds, with its own counts.
+        """The contiguous share of every row that context-parallel rank `rank` of `size` holds, with its own counts.
 
-        Labels were made before: that of a share's last token is the first token of the next share.
+        Labels were made before: that of a share's last token is the first token of the next share. So the shares of
+        all ranks concatenate back to the batch, tokens and labels alike, and their counts add up.
+
+        Raises:
+            UsageError: shares would not be whole quanta, on which resets are counted, or there is no such rank.
         """
-        cut = {}
-        for name, tensor in self._tensors().items():
-            length = tensor.shape[1] // size if tensor.dim() > 1 else 0
-            cut[name] = tensor[:, rank * length : (rank + 1) * length] if length else tensor
-        num_valid = int((cut["labels"] != NO_LABEL).sum())
-        return Batch(**cut, num_valid=num_valid, num_bytes=int(cut["target_bytes"].sum()))
+        if not 0 <= rank < size:
+            raise UsageError(f"context-parallel rank {rank} of {size}: ranks count from 0 to {size - 1}.")
+        length, quanta = self.tokens.shape[1], self.reset.shape[1]
+        if quanta % size:
+            raise UsageError(
+                f"data.segment_tokens = {length} is {quanta} blocks of {length // quanta} tokens, which {size} "
+                f"context-parallel ranks cannot share evenly: make it a multiple of {size * (length // quanta)}."
+            )
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            count = tensor.shape[1] // size if tensor.dim() > 1 else 0
+            return tensor[:, rank * count : (rank + 1) * count] if count else tensor
+
+        shares = {name: cut(tensor) for name, tensor in self._tensors().items()}
+        num_valid = int((shares["labels"] != NO_LABEL).sum())
+        return Batch(**shares, num_valid=num_valid, num_bytes=int(shares["target_bytes"].sum()))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

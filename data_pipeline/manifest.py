@@ -3,106 +3,69 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import BinaryIO
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+import numpy as np
 
-from longspan.data_pipeline.vocabulary import ByteVocabulary
-from longspan.errors import DataError, SecurityError, UsageError
+from longspan.data_pipeline.document_table import DocumentTable
+from longspan.data_pipeline.entries import DocumentEntry, ShardEntry, SourceEntry, Split, VocabularyEntry
+from longspan.data_pipeline.manifest_checks import manifest_problems
+from longspan.data_pipeline.manifest_file import (
+    REBUILD,
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    Header,
+    manifest_digest,
+    manifest_lines,
+    read_manifest,
+)
+from longspan.data_pipeline.tokenization.base import Tokenizer
+from longspan.data_pipeline.tokenization.description import read_description
+from longspan.data_pipeline.vocabulary import PAD, ByteVocabulary
+from longspan.errors import DataError, UsageError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_NAME",
+    "SCHEMA_VERSION",
+    "TOKENIZER_FOLDER",
+    "DocumentEntry",
+    "DocumentTable",
+    "Manifest",
+    "ShardEntry",
+    "SourceEntry",
+    "Split",
+    "VocabularyEntry",
+    "byte_vocabulary",
+    "did_you_mean",
+    "vocabulary_entry",
+]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_NAME = "longspan-corpus"
-SCHEMA_VERSION = 1
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Split = Literal["train", "held_out"]
+TOKENIZER_FOLDER = "tokenizer"
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _plain_file_name(url: str) -> str:
-    """A shard lies beside its manifest; anything else could run a command or leave the folder."""
-    if not url or "/" in url or "\\" in url or ":" in url or url.startswith("."):
-        raise SecurityError(f"the manifest names the shard {url!r}; only plain file names beside it are allowed.")
-    return url
-
-
-class ShardEntry(_Entry):
-    """One tar file. `url` is a file name beside the manifest; `size` in bytes."""
-
-    url: Annotated[str, AfterValidator(_plain_file_name)]
-    size: int = Field(ge=0)
-    sha256: Sha256
-
-
-class DocumentEntry(_Entry):
-    """One document.
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A corpus as it lies on disk.
 
     Attributes:
-        id: `source/name`, unique in the corpus.
-        group: near-duplicates share a group; the document's own id if it has none.
-        num_tokens: with bos and eos. num_bytes: of the UTF-8 text.
-        shard: url of its shard. offset, size: of the text inside the shard, bytes. sha256: of the text.
+        folder: where the shards lie. name: of the corpus.
+        documents: all of them, in order; entries are made when asked for.
+        digest: sha256 of everything else in manifest.json.
     """
 
-    id: str
-    source: str
-    group: str
-    split: Split
-    licence: str
-    num_tokens: int = Field(ge=2)
-    num_bytes: int = Field(ge=0)
-    shard: str
-    offset: int = Field(ge=0)
-    size: int = Field(ge=0)
-    sha256: Sha256
-
-
-class SourceEntry(_Entry):
-    """One source: its name, kind, licence and origin with version, e.g. `Python 3.11.7 standard library`."""
-
-    name: str
-    kind: str
-    licence: str
-    origin: str
-
-
-class VocabularyEntry(_Entry):
-    """The vocabulary that turns text into token ids."""
-
-    name: str
-    bos: int
-    eos: int
-    pad: int
-    padded_size: int
-    digest: Sha256
-
-
-class Manifest(BaseModel):
-    """A corpus as it lies on disk. `digest` is the sha256 of everything else here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    schema_name: Literal["longspan-corpus"] = "longspan-corpus"
-    schema_version: Literal[1] = 1
+    folder: Path
     name: str
     vocabulary: VocabularyEntry
     sources: list[SourceEntry]
     shards: list[ShardEntry]
-    documents: list[DocumentEntry]
-    digest: str = ""
-
-    _folder: Path = PrivateAttr(default=Path("."))
-
-    @property
-    def folder(self) -> Path:
-        """Where the shards lie."""
-        return self._folder
+    documents: DocumentTable
+    digest: str
 
     @classmethod
     def create(
@@ -111,61 +74,67 @@ class Manifest(BaseModel):
         name: str,
         sources: list[SourceEntry],
         shards: list[ShardEntry],
-        documents: list[DocumentEntry],
+        documents: Iterable[DocumentEntry],
+        vocabulary: VocabularyEntry | None = None,
     ) -> Manifest:
-        """A manifest of byte-level documents, with its digest."""
-        vocabulary = VocabularyEntry(**ByteVocabulary.description(), digest=ByteVocabulary().digest)
-        bare = cls(name=name, vocabulary=vocabulary, sources=sources, shards=shards, documents=documents)
-        manifest = bare.model_copy(update={"digest": _digest(bare.model_dump(mode="json"))})
-        manifest._folder = folder
-        return manifest
+        """A manifest with its digest. `vocabulary`: of its tokens (`vocabulary_entry`); the byte vocabulary if None."""
+        vocabulary = vocabulary or byte_vocabulary()
+        header = Header(name=name, vocabulary=vocabulary, sources=sources, shards=shards)
+        table = documents if isinstance(documents, DocumentTable) else DocumentTable.from_entries(documents)
+        return cls(folder, name, vocabulary, sources, shards, table, manifest_digest(header, table))
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Read and check `folder`/manifest.json; reads no shard.
+        """Read and check `folder`/manifest.json and the description of its tokenizer; reads no shard.
 
         Raises:
-            UsageError: there is no corpus in the folder.
+            UsageError: there is no corpus in the folder, one of another schema version, or another tokenizer.
             DataError: the manifest does not hold what it should.
             SecurityError: a shard's url leaves the folder.
         """
         folder = Path(folder)
         file = folder / MANIFEST_NAME
         try:
-            raw = json.loads(file.read_bytes())
-            manifest = cls.model_validate(raw)
+            with file.open("rb") as stream:
+                manifest = cls.read(stream, folder, str(file))
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
                 f"no corpus at {folder}: {MANIFEST_NAME} is missing. "
                 f"Build one with `longspan data build RECIPE --out {folder}`."
             ) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{file}: {where}: {first['msg'].lower()}. {_REBUILD}") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} is not readable: {error}. {_REBUILD}") from None
-        manifest._check(file, raw)
-        manifest._folder = folder
+        except OSError as error:
+            raise DataError(f"{file} is not readable: {error}. {REBUILD}") from None
+        if manifest.vocabulary.kind != "bytes":
+            _check_tokenizer(manifest)
         return manifest
 
-    def _check(self, file: Path, raw: dict[str, Any]) -> None:
-        if _digest(raw) != self.digest:
-            raise DataError(f"{file}: its content does not match its digest {self.digest[:16]}. {_REBUILD}")
-        if self.vocabulary.digest != ByteVocabulary().digest:
+    @classmethod
+    def read(cls, stream: BinaryIO, folder: Path, where: str) -> Manifest:
+        """Read and check a manifest from a stream.
+
+        Args:
+            stream: of manifest.json. folder: where its shards lie. where: name of the stream in messages.
+
+        Raises:
+            As `load`; the tokenizer's folder is not looked at.
+        """
+        header, documents, digest = read_manifest(stream, where)
+        if header.vocabulary.kind == "bytes" and header.vocabulary != byte_vocabulary():
             raise DataError(
-                f"{file}: vocabulary {self.vocabulary.name} is not this version's byte vocabulary. {_REBUILD}"
+                f"{where}: vocabulary {header.vocabulary.name} is not this version's byte vocabulary. {REBUILD}"
             )
-        sizes = {shard.url: shard.size for shard in self.shards}
-        for document in self.documents:
-            if document.offset + document.size > sizes.get(document.shard, -1):
-                raise DataError(f"{file}: document {document.id} lies outside its shard {document.shard}. {_REBUILD}")
-        if len({document.id for document in self.documents}) != len(self.documents):
-            raise DataError(f"{file}: two documents share an id. {_REBUILD}")
+        problems = manifest_problems(header, documents)
+        if problems:
+            raise DataError(f"{where}: {'; '.join(problems)}. {REBUILD}")
+        return cls(folder, header.name, header.vocabulary, header.sources, header.shards, documents, digest)
 
     def split(self, name: Split) -> list[DocumentEntry]:
         """The documents of `train` or `held_out`, in manifest order."""
-        return [document for document in self.documents if document.split == name]
+        return list(self.documents.take(self.places(name)))
+
+    def places(self, name: Split) -> np.ndarray:
+        """Places in `documents` of those of `train` or `held_out`: int64 [m]."""
+        return np.flatnonzero(self.documents.is_train == (name == "train"))
 
     def document(self, document_id: str) -> DocumentEntry:
         """The document with this id.
@@ -173,25 +142,35 @@ class Manifest(BaseModel):
         Raises:
             UsageError: there is none; names the nearest ids.
         """
-        for document in self.documents:
-            if document.id == document_id:
-                return document
-        raise UsageError(f"no document {document_id}{did_you_mean(document_id, [d.id for d in self.documents])}")
+        place = self.documents.find(document_id)
+        if place is None:
+            raise UsageError(f"no document {document_id}{did_you_mean(document_id, self.documents.strings('id'))}")
+        return self.documents[place]
 
     def to_json(self) -> str:
-        """The text of manifest.json: one line a document, so that two manifests compare well."""
-        raw = self.model_dump(mode="json")
-        lines = []
-        for key, value in raw.items():
-            if isinstance(value, list):
-                items = ",\n".join(f"    {json.dumps(item)}" for item in value)
-                lines.append(f"  {json.dumps(key)}: [\n{items}\n  ]")
-            else:
-                lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        """The text of manifest.json."""
+        buffer = io.BytesIO()
+        self.write(buffer)
+        return buffer.getvalue().decode()
+
+    def write(self, stream: BinaryIO) -> None:
+        """Write the text of manifest.json, line by line."""
+        header = Header(name=self.name, vocabulary=self.vocabulary, sources=self.sources, shards=self.shards)
+        stream.writelines(manifest_lines(header, self.documents, self.digest))
 
 
-_REBUILD = "Build the corpus again with `longspan data build RECIPE`."
+def byte_vocabulary() -> VocabularyEntry:
+    """The entry of the byte vocabulary, whose corpora hold text and need no tokenizer folder."""
+    more = {"digest": ByteVocabulary().digest, "kind": "bytes", "size": PAD + 1, "token_dtype": "uint8"}
+    return VocabularyEntry.model_validate({**ByteVocabulary.description(), **more})
+
+
+def vocabulary_entry(tokenizer: Tokenizer) -> VocabularyEntry:
+    """The entry of a corpus whose documents `tokenizer` encodes."""
+    if tokenizer.kind == "bytes":
+        return byte_vocabulary()
+    fields = {name: getattr(tokenizer, name) for name in VocabularyEntry.model_fields}
+    return VocabularyEntry.model_validate({**fields, "token_dtype": tokenizer.token_dtype.name})
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -200,6 +179,15 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f". Did you mean {' or '.join(near)}?" if near else "."
 
 
-def _digest(raw: dict[str, Any]) -> str:
-    rest = {key: value for key, value in raw.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _check_tokenizer(manifest: Manifest) -> None:
+    """Compare the description of the tokenizer beside the shards; its files are hashed when they are loaded."""
+    folder = manifest.folder / TOKENIZER_FOLDER
+    found, expected = read_description(folder), manifest.vocabulary
+    differing = [
+        f"{name} {getattr(found, name)} instead of {value}" for name, value in expected if getattr(found, name) != value
+    ]
+    if differing:
+        raise UsageError(
+            f"the tokenizer at {folder} is not the one of the shards beside it: {', '.join(differing)}. "
+            f"Put the folder back that was built with them, or build the corpus again."
+        )

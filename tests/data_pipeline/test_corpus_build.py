@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from tiny_corpora import TEXTS, build, recipe, write_folder, write_recipe
 
-from longspan.data_pipeline import build as build_module
 from longspan.data_pipeline.build import build_corpus
-from longspan.data_pipeline.corpus_config import KJV_SHA256, CorpusConfig, PibleConfig, StandardLibraryConfig
+from longspan.data_pipeline.build import corpus as build_stages
+from longspan.data_pipeline.corpus_config import CorpusConfig
 from longspan.data_pipeline.manifest import Manifest
+from longspan.data_pipeline.source_config import KJV_SHA256, PibleConfig, StandardLibraryConfig
 from longspan.data_pipeline.sources.books import BOOKS, read_books
 from longspan.data_pipeline.sources.standard_library import read_standard_library
-from longspan.data_pipeline.statistics import unigram_bits_per_byte, xz_bits_per_byte
+from longspan.data_pipeline.statistics import unigram_bits_per_byte, xz_bits_per_byte, xz_bytes
 from longspan.errors import DataError, UsageError
 from longspan.trainer import recipes
 from longspan.trainer.cli import main
@@ -116,7 +117,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, foreign):
     assert contents(target) == before
 
 
-@pytest.mark.parametrize("where", ["_write_json", "_publish", "_statistics", "write_shards"])
+@pytest.mark.parametrize("where", ["write_synced", "publish", "_statistics", "move_shards", "similar_documents"])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_failing_build_leaves_nothing_behind(tmp_path, monkeypatch, where, replaces):
     write_folder(tmp_path / "texts")
@@ -128,7 +129,7 @@ def test_a_failing_build_leaves_nothing_behind(tmp_path, monkeypatch, where, rep
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build_module, where, fail)
+    monkeypatch.setattr(build_stages, where, fail)
     config = CorpusConfig.model_validate(recipe(tmp_path / "texts"))
     with pytest.raises(DataError, match=r"writing the corpus to .*deep failed: .*No space left on device"):
         build_corpus(config, tmp_path / "deep/corpus", progress=lambda line: None)
@@ -162,6 +163,8 @@ def test_remains_of_a_killed_build_are_cleared(tmp_path):
     first.folder.rename(tmp_path / ".corpus.replaced")  # killed between the two renames
     (tmp_path / ".corpus.building").mkdir()
     (tmp_path / ".corpus.building/train-00000.tar").write_bytes(b"half")
+    (tmp_path / ".corpus.spool").mkdir()
+    (tmp_path / ".corpus.spool/read_source-0.unfinished").write_bytes(b"half")
     assert build(tmp_path).outcome == "reused"
     assert contents(first.folder) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "texts"]
@@ -239,13 +242,15 @@ def test_the_held_out_figures_are_right(tmp_path):
     assert str(unigram_bits_per_byte([b"aaaa"])) == "0.0"
     expected = 8 * sum(len(lzma.compress(text, preset=9)) for text in texts) / sum(map(len, texts))
     assert xz_bits_per_byte(texts) == expected
+    for text in (b"", b"x", TEXTS["poems/g.txt"] * 40, os.urandom(70_000)):
+        assert xz_bytes(text) == len(lzma.compress(text, preset=9))
     held_out = result.statistics["held_out"]
     assert (held_out["documents"], held_out["bytes"]) == (2, sum(map(len, texts)))
     assert held_out["xz_bits_per_byte"] == expected
     assert "each held-out document compressed by itself" in held_out["xz_method"]
     assert result.statistics["counts"]["poems"] == {
-        "held_out": {"documents": 2, "bytes": sum(map(len, texts))},
-        "train": {"documents": 1, "bytes": 200},
+        "held_out": {"documents": 2, "bytes": sum(map(len, texts)), "tokens": sum(map(len, texts)) + 4},
+        "train": {"documents": 1, "bytes": 200, "tokens": 202},
     }
     assert json.loads((result.folder / "statistics.json").read_text()) == result.statistics
 

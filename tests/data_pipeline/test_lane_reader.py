@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import threading
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from tiny_corpora import TEXTS, build
+from packed_corpora import TEXTS, pack
 
 from longspan.data_pipeline.documents import DocumentReader
 from longspan.data_pipeline.manifest import Manifest
@@ -27,7 +28,7 @@ BATCH_TENSORS = ("tokens", "labels", "reset", "doc_ids", "target_bytes", "lane_i
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A corpus that no test changes."""
-    return build(tmp_path_factory.mktemp("lanes")).folder
+    return pack(tmp_path_factory.mktemp("lanes") / "corpus", shard_bytes=300).folder
 
 
 def open_lanes(folder, start=0, stop=None, lanes=4, max_bad_fraction=0.01, **changes):
@@ -158,7 +159,7 @@ def damage(corpus, document_id):
 
 
 def test_a_corrupt_document_is_masked_and_no_other_lane_moves(tmp_path, caplog):
-    corpus = build(tmp_path)
+    corpus = pack(tmp_path / "corpus", shard_bytes=300)
     whole = open_lanes(corpus.folder)
     expected = [whole.batch(step) for step in range(60)]
     entry = damage(corpus, "letters/c.txt")
@@ -183,7 +184,7 @@ def test_a_corrupt_document_is_masked_and_no_other_lane_moves(tmp_path, caplog):
 
 
 def test_the_quarantine_is_part_of_the_state(tmp_path):
-    corpus = build(tmp_path)
+    corpus = pack(tmp_path / "corpus", shard_bytes=300)
     shard = corpus.folder / corpus.manifest.document("letters/c.txt").shard
     whole = shard.read_bytes()
     damage(corpus, "letters/c.txt")
@@ -198,7 +199,7 @@ def test_the_quarantine_is_part_of_the_state(tmp_path):
 
 
 def test_too_many_bad_documents_end_the_run(tmp_path):
-    corpus = build(tmp_path)
+    corpus = pack(tmp_path / "corpus", shard_bytes=300)
     names = ["letters/b.txt", "letters/c.txt", "poems/i.txt"]
     for name in names:
         damage(corpus, name)
@@ -214,7 +215,7 @@ def test_too_many_bad_documents_end_the_run(tmp_path):
 
 
 def test_truncated_and_missing_shards(tmp_path):
-    corpus = build(tmp_path)
+    corpus = pack(tmp_path / "corpus", shard_bytes=300)
     entry = corpus.manifest.document("poems/i.txt")
     shard = corpus.folder / entry.shard
     documents = DocumentReader(corpus.manifest)
@@ -246,14 +247,15 @@ def test_documents_by_range_equal_whole_documents(folder):
 
 
 def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("longspan.data_pipeline.documents._MOST_OPEN_SHARDS", 2)
-    corpus = build(tmp_path, shard_bytes=1)
+    monkeypatch.setattr("longspan.data_pipeline.storage.shards._MOST_OPEN_SHARDS", 2)
+    corpus = pack(tmp_path / "corpus", shard_bytes=1)
     assert len(corpus.manifest.shards) == len(TEXTS)
     documents = DocumentReader(corpus.manifest)
     for _ in range(2):
         for entry in corpus.manifest.documents:
             assert documents.bytes(entry) == TEXTS[entry.id]
-    assert len(documents._open) == 2
+    targets = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert sum(target.startswith(str(corpus.folder)) for target in targets) == 2
 
 
 def test_a_state_fits_only_the_same_plan_and_place(folder):
@@ -263,20 +265,20 @@ def test_a_state_fits_only_the_same_plan_and_place(folder):
     assert len(state["lanes"]) == 4
     assert state["tokens_seen"] == dict(zip(reader.plan.sources, reader.plan.progress(17).tokens, strict=True))
     with pytest.raises(UsageError) as caught:
-        open_lanes(folder, segment_tokens=64, boundary="pad", source_weights={"letters": 1, "poems": 2}).check_state(
-            state
-        )
+        open_lanes(
+            folder, segment_tokens=64, boundary="pad", source_weights={"letters": 0.25, "poems": 0.75}
+        ).check_state(state)
     message = str(caught.value)
     assert "segment_tokens: 32 saved, 64 now" in message
     assert "boundary: pack saved, pad now" in message
-    assert "weights: {'letters': 252, 'poems': 645} saved, {'letters': 1, 'poems': 2} now" in message
+    assert "saved, {'letters': 1, 'poems': 3} now" in message
     assert "quantum" not in message
 
 
 def test_a_damaged_state_is_refused(folder):
     reader = open_lanes(folder)
     state = reader.state(17)
-    with pytest.raises(UsageError, match="data state version 9; this version reads 1"):
+    with pytest.raises(UsageError, match="data state version 9; this version reads 2"):
         reader.check_state({**state, "version": 9})
     with pytest.raises(DataError, match="does not match its digest"):
         reader.check_state({**state, "step": 18})
@@ -285,9 +287,9 @@ def test_a_damaged_state_is_refused(folder):
 def test_lanes_that_stand_elsewhere_are_refused(folder, monkeypatch):
     reader = open_lanes(folder)
     state = reader.state(17)
-    moved = copy.deepcopy(reader._lane_positions(17))
+    moved = copy.deepcopy(state["lanes"])
     moved[2]["offset"] += Q
-    monkeypatch.setattr(reader, "_lane_positions", lambda step: moved)
+    monkeypatch.setattr("longspan.data_pipeline.plan_state.lane_positions", lambda plan, step: moved)
     with pytest.raises(DataError, match=r"lane 2 at step 17: saved .*, the plan says "):
         reader.check_state(state)
 

@@ -1,0 +1,1 @@
+"""Looking into finished corpora, and making new ones of them without reading a source again."""

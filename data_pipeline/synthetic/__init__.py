@@ -1,0 +1,1 @@
+"""Tasks with known answers, made by pure functions of (seed, index)."""

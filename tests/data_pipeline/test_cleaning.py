@@ -1,0 +1,272 @@
+"""Cleaning rules: what each takes away, what it leaves, and how a recipe names them."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.data_pipeline.cleaning.binary import drop_binary
+from longspan.data_pipeline.cleaning.encoding import repair_encoding
+from longspan.data_pipeline.cleaning.generated import drop_generated
+from longspan.data_pipeline.cleaning.gutenberg import strip_gutenberg
+from longspan.data_pipeline.cleaning.licence_header import strip_licence_header
+from longspan.data_pipeline.cleaning.registry import RULES, Cleaner
+from longspan.data_pipeline.source_config import FolderConfig
+from longspan.errors import UsageError
+
+BOOK = b"CHAPTER I\n\nIt was a dark night.\n\nThe end of it.\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            b"The Project Gutenberg EBook of X\n\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n\n\n",
+            b"\n\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\n\n*** START: FULL LICENSE ***\nmore\n",
+        ),
+        (
+            b"\xef\xbb\xbfhead\r\n*** START OF THE PROJECT GUTENBERG EBOOK A LONG\r\nTITLE ***\r\n\r\nProduced by A and"
+            b" the\r\nProofreaders\r\n\r\n",
+            b"\r\n\r\nEnd of the Project Gutenberg EBook of A Long Title, by B\r\n\r\nlicence",
+        ),
+        (
+            b"head\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n",
+            b"\n\nEnd of Project Gutenberg's X, by Y\n",
+        ),
+        (
+            b"head\n*** START OF THE PROJECT GUTENBERG EBOOK 12 ***\nE-text prepared by A\n\nTranscribed by B\n\n",
+            b"\nEnd of Project Gutenberg\xe2\x80\x99s X\n*** END OF THE PROJECT GUTENBERG EBOOK 12 ***\n",
+        ),
+    ],
+    ids=["this", "wrapped title, credits", "small print", "two credits"],
+)
+def test_gutenberg_leaves_the_book_alone(before: bytes, after: bytes) -> None:
+    assert strip_gutenberg("x.txt", before + BOOK + after) == BOOK
+
+
+def test_gutenberg_without_markers_or_without_a_book() -> None:
+    assert strip_gutenberg("x.txt", BOOK) == BOOK
+    essay = b"x" * 30_000 + b"\nthe line\n*** START OF THE PROJECT GUTENBERG EBOOK ***\nis a marker\n"
+    assert strip_gutenberg("x.txt", essay) == essay
+    empty = b"*** START OF THE PROJECT GUTENBERG EBOOK ***\n\n*** END OF THE PROJECT GUTENBERG EBOOK ***\n"
+    assert strip_gutenberg("x.txt", empty) is None
+
+
+MIT = [
+    "Copyright (c) 2020 A",
+    "",
+    "Permission is hereby granted, free of charge",
+    "",
+    'THE SOFTWARE IS PROVIDED "AS IS"',
+]
+
+
+def commented(lines: list[str], form: str) -> str:
+    if form == "/*":
+        return "/*\n" + "".join(f" * {line}".rstrip() + "\n" for line in lines) + " */\n"
+    if form == "<!--":
+        return "<!--\n" + "".join(f"  {line}\n" for line in lines) + "-->\n"
+    return "".join(f"{form} {line}".rstrip() + "\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.py", "#"), ("a.go", "//"), ("a.c", "/*"), ("a.lua", "--"), ("a.el", ";;"), ("a.tex", "%"), ("a.html", "<!--")],
+)
+def test_licence_headers_go_and_other_comments_stay(name: str, form: str) -> None:
+    body = "first line\n" + commented(["Copyright stays in the middle"], form)
+    assert strip_licence_header(name, (commented(MIT, form) + "\n" + body).encode()) == body.encode()
+    notes = commented([*MIT, "", "What this file does."], form)
+    kept = commented(["What this file does."], form)
+    assert strip_licence_header(name, (notes + body).encode()) == (kept + "\n" + body).encode()
+    other = (commented(["What this file does."], form) + body).encode()
+    assert strip_licence_header(name, other) == other
+
+
+def test_what_must_stand_first_stays_before_the_licence() -> None:
+    first = b"#!/usr/bin/env python\n# -*- coding: utf-8 -*-\n"
+    text = first + b"# Copyright 2020 A\n# Licensed under the Apache License\n\nx = 1\n"
+    assert strip_licence_header("a.py", text) == first + b"x = 1\n"
+    go = b"// Copyright 2009 The Authors. All rights reserved.\n// license\n\n// Package x does y.\npackage x\n"
+    assert strip_licence_header("a.go", go) == b"// Package x does y.\npackage x\n"
+    two = b"/* Copyright A */\n\n/* SPDX-License-Identifier: MIT */\nint x;\n"
+    assert strip_licence_header("a.c", two) == b"int x;\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.c", b"#include <copyright.h>\nint x;\n"),
+        ("a.md", b"# Copyright\ntext\n"),
+        ("a.txt", b"# Copyright 2020\n"),
+        ("a.c", b"/* Copyright 2020 A\nnever closed\n"),
+        ("a.c", b"/* Copyright 2020 A */ int x;\n"),
+    ],
+    ids=["no comment in C", "heading", "no code", "open comment", "code behind it"],
+)
+def test_no_licence_header(name: str, text: bytes) -> None:
+    assert strip_licence_header(name, text) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.go", b"// Code generated by protoc-gen-go. DO NOT EDIT.\npackage x\n"),
+        ("x.cs", b"// <auto-generated>\n//   by a tool\n"),
+        ("x.py", b"# -*- coding: utf-8 -*-\n# Generated by the protocol buffer compiler.  DO NOT EDIT!\n"),
+        ("x.c", b"/* A Bison parser, made by GNU Bison 3.8. */\n"),
+        ("x.c", b"/* Generated by Cython 3.0.8 */\n"),
+        ("x.js", b"/**\n * @generated SignedSource<<abc>>\n */\n"),
+        ("x.h", b"/* This file was automatically generated by SWIG */\n"),
+        ("x.sh", b"# This file is generated from x.in. Do not edit.\n"),
+        ("a/b_pb2.py", b"x = 1\n"),
+        ("a/package-lock.json", b"{}\n"),
+        ("Cargo.lock", b"[[package]]\n"),
+        ("a/jquery.min.js", b"x\n"),
+        ("bundle.js", b"var a=1;" * 400),
+    ],
+)
+def test_generated_files_go(name: str, text: bytes) -> None:
+    assert drop_generated(name, text) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.go", b'package x\n\nconst header = "// Code generated by me. DO NOT EDIT."\n'),
+        ("x.py", b"# Tests that random numbers are generated by the seed\n"),
+        ("x.go", b"// GeneratedFile is a rule for indicating that a given file was generated.\npackage x\n"),
+        ("x.go", b"// Package x aims to simplify use of the machine-generated code.\npackage x\n"),
+        ("x.py", b"x = 1\n" * 60 + b"# Code generated by a tool. DO NOT EDIT.\n"),
+        ("x.js", b"function a() {\n  return 1;\n}\n" * 100),
+        ("prose.txt", b"a very long line of prose " * 400),
+        ("lock.json", b"{}\n"),
+    ],
+    ids=["in a string", "a comment", "of a rule", "of other code", "far below", "script", "prose", "not a lock file"],
+)
+def test_files_that_people_write_stay(name: str, text: bytes) -> None:
+    assert drop_generated(name, text) == text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x7fELF\x02\x01\x01" + bytes(50),
+        b"\x89PNG\r\n\x1a\n" + bytes(20),
+        b"%PDF-1.4\n",
+        gzip.compress(b"text"),
+        bytes(range(256)) * 20,
+        b"text" + bytes(200),
+    ],
+    ids=["elf", "png", "pdf", "gzip", "all bytes", "padding"],
+)
+def test_binary_files_go(data: bytes) -> None:
+    assert drop_binary("x", data) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"plain\ttext\r\n\x0c",
+        "Текст, 本文".encode(),
+        "café".encode("latin-1"),
+        "Wort für Wort".encode("utf-16"),
+        "Wort fuer Wort".encode("utf-16-le"),
+        b"one stray \x00 in text",
+        b"\x1b[1mterminal\x1b[0m",
+    ],
+)
+def test_text_is_not_binary(data: bytes) -> None:
+    assert drop_binary("x.txt", data) == data
+
+
+SAMPLE = "Käse – “naïve” œuvre €5\nzweite Zeile\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
+def test_encodings_are_repaired(encoding: str) -> None:
+    assert repair_encoding("x", SAMPLE.encode(encoding)) == SAMPLE.encode()
+
+
+def test_encodings_that_only_their_bytes_tell() -> None:
+    plain = "Ein Wort\nund noch eins\n"
+    assert repair_encoding("x", plain.encode("utf-16-le")) == plain.encode()
+    assert repair_encoding("x", plain.encode("utf-16-be")) == plain.encode()
+    assert repair_encoding("x", codecs.BOM_UTF16_BE + plain.encode("utf-16-be")) == plain.encode()
+    assert repair_encoding("x", "\x81\x9d é".encode("latin-1")) == "\x81\x9d é".encode()
+
+
+def test_a_stray_byte_in_utf8_does_not_spoil_the_rest() -> None:
+    data = "äöü ß café".encode() + b" caf\xe9 " + "naïve".encode()
+    assert repair_encoding("x", data) == "äöü ß café café naïve".encode()
+
+
+def test_line_ends_and_nuls() -> None:
+    assert repair_encoding("x", b"a\r\nb\r\n") == b"a\nb\n"
+    assert repair_encoding("x", b"a\rb\r") == b"a\nb\n"
+    assert repair_encoding("x", b"a\rb\nc") == b"a\rb\nc"  # progress bars
+    assert repair_encoding("x", b"a\x00b") == b"ab"
+
+
+def test_text_encoded_twice_is_repaired_only_when_all_of_it_was() -> None:
+    assert repair_encoding("x", SAMPLE.encode().decode("latin-1").encode()) == SAMPLE.encode()
+    assert repair_encoding("x", "donâ€™t, wonâ€™t".encode()) == "don’t, won’t".encode()
+    russian = "Все счастливые семьи похожи друг на друга"
+    assert repair_encoding("x", russian.encode().decode("latin-1").encode()) == russian.encode()
+    for safe in (
+        "The bytes of é look like Ã© in cp1252.",
+        "Ã© once",
+        "Ã© Ã© and Ω",
+        "naïve café ¿qué?",
+        "CAFÉ… CAFÉ…",
+        "voilà\xa0» là\xa0»",
+    ):
+        assert repair_encoding("x", safe.encode()) == safe.encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x00\ufeff")))
+def test_utf8_without_marks_is_left_as_it_is_or_decoded_once_more(text: str) -> None:
+    repaired = repair_encoding("x", text.encode())
+    assert repaired is not None
+    if repaired != text.encode():  # then it was the cp1252 reading of UTF-8
+        assert len(repaired) < len(text.encode())
+
+
+def test_unicode_is_composed_only_on_demand() -> None:
+    decomposed = unicodedata.normalize("NFD", "é").encode()
+    assert repair_encoding("x", decomposed) == decomposed
+    assert Cleaner(["unicode_nfc"]).after_decoding("x", decomposed) == ("é".encode(), "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(sorted(RULES)), st.sampled_from(["a.c", "a.py", "a.txt", "a.js", "a.html"]), st.binary(max_size=300)
+)
+def test_rules_are_pure_and_total(rule: str, name: str, data: bytes) -> None:
+    data = data if RULES[rule].before_decoding else data.decode("utf-8", errors="ignore").encode()
+    once = RULES[rule].function(name, data)
+    assert once == RULES[rule].function(name, data)
+    if once is not None:
+        once.decode("utf-8" if rule != "binary" else "latin-1")
+
+
+def test_rules_before_decoding_run_first_and_the_dropping_rule_is_named() -> None:
+    cleaner = Cleaner(["licence_header", "generated", "encoding"])
+    assert cleaner.before_decoding("a.py", b"\xef\xbb\xbfx") == (b"x", "")
+    assert cleaner.after_decoding("a_pb2.py", b"x") == (None, "generated")
+
+
+def test_unknown_rules_are_named_with_the_nearest() -> None:
+    with pytest.raises(
+        UsageError, match=r"^unknown cleaning rule licence_headers \(did you mean licence_header\?\)\.$"
+    ):
+        Cleaner(["licence_headers"])
+    with pytest.raises(ValueError, match=r"unknown cleaning rule zzz \(allowed: binary, encoding, generated"):
+        FolderConfig(kind="folder", name="x", path="x", clean=("zzz",))
