@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from longspan.kernels.feed_forward.api import feed_forward
 from longspan.kernels.norm.api import multiply_tiled, rms_norm
+from longspan.kernels.tensor_parallel.shard import WHOLE, TensorShard
+from longspan.kernels.tensor_parallel.vocabulary import vocabulary_embed
 from longspan.modeling.initialisation import variance_scaling_
 
 DROPOUT_TILE_TOKENS = 128
@@ -24,6 +26,16 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., out_dim]."""
         return F.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """A vector for each token; each tensor-parallel rank holds the vectors of its part of the vocabulary."""
+
+    tensor_shard: TensorShard = WHOLE
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [...] -> [..., dim]."""
+        return vocabulary_embed(tokens, self.weight, self.tensor_shard)
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +70,13 @@ class TiledDropout(nn.Module):
         """[B, T, D] -> [B, T, D]; the identity outside training."""
         mask = self.mask(x)
         return x if mask is None else multiply_tiled(x, mask)
+
+
+def head_dropout_mask(heads: int, window: int, probability: float, like: Tensor, shard: TensorShard) -> Tensor:
+    """Mask [H, W, 2W] of the window's probabilities for this rank's H heads: its part of the mask of all heads, so that
+    every rank draws the same numbers."""
+    mask = dropout_mask((heads * shard.size, window, 2 * window), probability, like)
+    return mask[shard.part(mask.shape[0])]
 
 
 def dropout_mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:

@@ -147,6 +147,11 @@ class ModelConfig(Schema):
         """One entry a layer, `repeat` written out."""
         return [layer for layer in self.layers for _ in range(layer.repeat)]
 
+    def indivisible(self, ranks: int) -> list[tuple[str, int]]:
+        """(field, value) of the sizes that do not divide over so many tensor-parallel ranks."""
+        sizes = {"num_heads": self.num_heads, "ffn_dim": self.ffn_dim, "vocab_size": self.vocab_size}
+        return [(name, size) for name, size in sizes.items() if size % ranks]
+
     @property
     def quantum(self) -> int:
         """Tokens between which the model's state may be cut: the least common multiple of its layers' quanta."""

@@ -87,7 +87,7 @@ class FeedbackStack(Stack):
         return y, unpack(dict(zip(names, last, strict=True))), total
 
     def _offered(self, state: State, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, Dh] of the recurrent state that enters a block; starts bool [B, 1]."""
+        """Keys and values [B, H, S, Dh], of this rank's heads, of the state that enters a block; starts bool [B, 1]."""
         mixer = dict(self._named())[self._source].mixer
         recurrent = cast(BlockRecurrent, mixer).recurrent
         path = replace(recurrent.weights(), write=None)  # keys and values alone
@@ -96,7 +96,8 @@ class FeedbackStack(Stack):
         # a frozen state is always the initial one, and is not carried
         vectors = torch.where(starts[..., None], initial, state[self._source].get("state", initial))
         projected = project_state(vectors, path, path.stacked())
-        return projected.keys, projected.values
+        own = self.tensor_shard.part(path.heads)
+        return projected.keys[:, own], projected.values[:, own]
 
     def _with_read(self, state: State, offered: tuple[Tensor, Tensor]) -> State:
         read = dict(zip(_READ, offered, strict=True))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ShapeError
-from longspan.kernels.cross_entropy.api import scaled_logits, token_nll
+from longspan.kernels.tensor_parallel.shard import WHOLE, TensorShard
+from longspan.kernels.tensor_parallel.vocabulary import vocabulary_logits, vocabulary_nll
 from longspan.modeling import state as states
-from longspan.modeling.basic import RMSNorm, TiledDropout
+from longspan.modeling.basic import Embedding, RMSNorm, TiledDropout
 from longspan.modeling.config import ActivationCheckpointing, ModelConfig
 from longspan.modeling.feedback import FeedbackStack
 from longspan.modeling.memory import RecurrentMemory
@@ -22,12 +23,14 @@ from longspan.modeling.state import State
 class LanguageModel(nn.Module):
     """Next-token model over documents whose state is carried from call to call."""
 
+    tensor_shard: TensorShard = WHOLE
+
     def __init__(self, config: ModelConfig) -> None:
         """Args: config: the whole model; parameters are drawn from torch's global generator."""
         super().__init__()
         self.config = config
         self.quantum = config.quantum
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # N(0, 1), also the output matrix
+        self.embedding = Embedding(config.vocab_size, config.dim)  # N(0, 1), also the output matrix
         self.backbone: StatefulModule = FeedbackStack(config) if config.feedback else Stack(config)
         if config.memory is not None:
             self.backbone = RecurrentMemory(self.backbone, config.memory, config.dim, config.window_tokens)
@@ -79,8 +82,8 @@ class LanguageModel(nn.Module):
         y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)
         y = self.final_norm(y, self.dropout.mask(y))
         if labels is None:
-            return scaled_logits(y, self.embedding.weight), state, aux
-        return token_nll(y, self.embedding.weight, labels), state, aux
+            return vocabulary_logits(y, self.embedding.weight, self.tensor_shard), state, aux
+        return vocabulary_nll(y, self.embedding.weight, labels, self.tensor_shard), state, aux
 
     def reset_rows(self, state: State, rows: Tensor, kinds: tuple[str, ...] = ("recurrent", "cache")) -> State:
         """The state with its tensors of the given kinds at their initial value in the rows bool [B]."""
@@ -98,7 +101,7 @@ class LanguageModel(nn.Module):
     def step_tokens(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One token int64 [B] of each row: logits [B, vocab_size] fp32 and the next decode state."""
         y, state = self.backbone.step(self.embedding(tokens), state)
-        return scaled_logits(self.final_norm(y), self.embedding.weight), state
+        return vocabulary_logits(self.final_norm(y), self.embedding.weight, self.tensor_shard), state
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

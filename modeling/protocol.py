@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ShapeError
+from longspan.kernels.tensor_parallel.shard import WHOLE, TensorShard
 from longspan.modeling.state import SpecTree, State, StateSpec, tree_map
 
 Dependency = Literal["parallel", "affine_scan", "state_scan", "stack_scan", "token_serial"]
@@ -22,11 +23,13 @@ class StatefulModule(nn.Module, ABC):
         quantum: tokens between which the state may be cut, and on multiples of which documents start.
         lookback: tokens of keys and values needed from the left.
         dependency: how blocks of tokens depend on each other; decides how the sequence may be divided over ranks.
+        tensor_shard: which heads and hidden units this rank has (`tensor_parallel.shard_model`).
     """
 
     quantum: int
     lookback: int
     dependency: Dependency
+    tensor_shard: TensorShard = WHOLE
 
     @abstractmethod
     def state_spec(self) -> SpecTree:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longspan.kernels.norm.api import add_rms_norm, residual_rms_norm
+from longspan.kernels.tensor_parallel.collectives import enter, leave
 from longspan.modeling.basic import FeedForward, RMSNorm, TiledDropout
 from longspan.modeling.config import (
     ActivationCheckpointing,
@@ -51,6 +52,9 @@ def _recomputed(module: StatefulModule, x: Tensor, state: State, reset: Tensor) 
 class Layer(StatefulModule):
     """y = x + mixer(dropout(RMS(x))); y + dropout(FFN(RMS(y))).
 
+    Tensor-parallel ranks divide mixer and feed-forward network and sum what each gives; all else is whole on every
+    rank.
+
     Attributes:
         checkpointing: "mixer" computes the mixer again in the backward pass; "layer" says that the caller does so with
             the whole layer, so that keeping the hidden vectors would be in vain.
@@ -79,12 +83,14 @@ class Layer(StatefulModule):
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
         """x [B, T, D], reset bool [B, ceil(T/quantum)] -> y [B, T, D], new state, the mixer's auxiliary losses."""
         x, h = residual_rms_norm(x, self.norm.scale, self.dropout.mask(x))
+        shard, h = self.tensor_shard, enter(h, self.tensor_shard)
         if self.checkpointing == "mixer" and torch.is_grad_enabled():
             mixed, state, aux = _recomputed(self.mixer, h, state, reset)
         else:
             mixed, state, aux = self.mixer(h, state, reset=reset)
-        y, h = add_rms_norm(x, mixed, self.ffn_norm.scale)
-        return y + self.dropout(self.ffn(h, keep_hidden=self.checkpointing != "layer")), state, aux
+        y, h = add_rms_norm(x, leave(mixed, shard), self.ffn_norm.scale)
+        out = self.ffn(enter(h, shard), keep_hidden=self.checkpointing != "layer")
+        return y + self.dropout(leave(out, shard)), state, aux
 
     def decode_state(self, state: State) -> State:
         """The mixer's."""
@@ -93,8 +99,8 @@ class Layer(StatefulModule):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token x [B, D] of each row -> y [B, D], next decode state."""
         mixed, state = self.mixer.step(self.norm(x), state)
-        y = x + mixed
-        return y + self.ffn(self.ffn_norm(y)), state
+        y = x + leave(mixed, self.tensor_shard)
+        return y + leave(self.ffn(self.ffn_norm(y)), self.tensor_shard), state
 
 
 class Stack(StatefulModule):

@@ -26,6 +26,7 @@ def block_recurrent(inputs: BlockRecurrentInputs, *, form: str | None = None) ->
         inputs: see `BlockRecurrentInputs`; T need not be a multiple of W.
         form: None: the kernels where they can run, else "two_phase" (scan of the state alone, then all tokens).
             "sequential" goes block by block, "three_phase" is the kernels' backward in plain PyTorch; equal values.
+            Where the path has more heads than the tokens (tensor parallelism) all of them are that of three phases.
 
     Returns:
         See `BlockRecurrentOutputs`.
@@ -42,4 +43,6 @@ def block_recurrent(inputs: BlockRecurrentInputs, *, form: str | None = None) ->
         return scanned(inputs, fast=False)
     if form is None and backend.choose("block_recurrent", inputs.qkv, unsupported=unsupported(inputs)) == "triton":
         return scanned(inputs, fast=True)
+    if inputs.divided:
+        return scanned(inputs, fast=False)
     return FORMS[form or "two_phase"](inputs)

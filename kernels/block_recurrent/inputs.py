@@ -27,6 +27,9 @@ class BlockRecurrentInputs:
     reset: Tensor  # bool [B, ceil(T/W)], a document starts with the block
     path: StatePath
     drop: Tensor | None  # [H, W, 2W] multiplier of the window's probabilities
+    # where the path has more heads than these tokens: those that they read, and what its writes read
+    own_heads: slice | None = None
+    all_tokens: Tensor | None = None  # [2, B, W+T, H', Dh]: keys, normalised, and values, cache in front
 
     @property
     def window(self) -> int:
@@ -38,12 +41,18 @@ class BlockRecurrentInputs:
         """T."""
         return self.qkv.shape[1]
 
+    @property
+    def divided(self) -> bool:
+        """Whether the path has heads that these tokens do not read."""
+        return self.own_heads is not None and self.path.heads != self.qkv.shape[3]
+
     def rows(self, rows: slice, state: Tensor) -> BlockRecurrentInputs:
         """The same for some rows of the batch, with their state [b, S, D]."""
         if rows == slice(0, self.qkv.shape[0]):
             return replace(self, state=state)
         names = ("qkv", "state_query", "cached_keys", "cached_values", "reset")
-        return replace(self, state=state, **{name: getattr(self, name)[rows] for name in names})
+        every = None if self.all_tokens is None else self.all_tokens[:, rows]
+        return replace(self, state=state, all_tokens=every, **{name: getattr(self, name)[rows] for name in names})
 
     def check(self) -> None:
         """Raises ShapeError unless everything fits together."""

@@ -14,7 +14,9 @@ from longspan.kernels.block_recurrent.inputs import (
 )
 from longspan.kernels.block_recurrent.scan import scan_states
 from longspan.kernels.window_attention.api import window_attention
+from longspan.kernels.window_attention.support import unsupported as window_unsupported
 
+BESIDE = True  # window attention and state chain on two streams
 HEAD_WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,30 +48,39 @@ def scanned(inputs: BlockRecurrentInputs, *, fast: bool) -> BlockRecurrentOutput
 
 def _scanned(inputs: BlockRecurrentInputs, fast: bool) -> BlockRecurrentOutputs:
     qkv, window, path = inputs.qkv, inputs.window, inputs.path
+    starts = token_resets(inputs.reset, inputs.tokens, window)
     if fast:
-        from longspan.kernels.block_recurrent.triton_layer import scan_tokens
+        from longspan.kernels.block_recurrent.triton_layer import Beside, scan_tokens
         from longspan.kernels.block_recurrent.triton_tokens import read_states
 
-    if fast and path.write is not None:
+    if fast and path.write is not None and not inputs.divided:
         cache = (inputs.cached_keys, inputs.cached_values)
-        qkv, read, last = scan_tokens(
-            qkv, inputs.state_query, inputs.state_scale, cache, inputs.state, inputs.reset, path, window
+        beside = None
+        if BESIDE and window_unsupported(qkv) is None:
+            beside = Beside(inputs.bias_table, inputs.scale, starts, inputs.drop)
+        read, last, *found = scan_tokens(
+            qkv, inputs.state_query, inputs.state_scale, cache, inputs.state, inputs.reset, path, window, beside
         )
+        if beside is not None:
+            return BlockRecurrentOutputs(found[0], read, found[1], found[2], last)
+        qkv = found[0]
     else:
         tokens = inputs.normalised()
-        states = scan_states(inputs.state, tokens.keys, tokens.values, inputs.reset, path, window)
-        last = states.last
+        keys, values = (tokens.keys, tokens.values) if inputs.all_tokens is None else inputs.all_tokens.unbind(0)
+        states = scan_states(inputs.state, keys, values, inputs.reset, path, window, fast=fast)
+        last, own_heads = states.last, inputs.own_heads or slice(None)
+        offered = states.keys[..., own_heads, :], states.values[..., own_heads, :]
         if fast:
-            read = read_states(inputs.state_query, inputs.state_scale, states.keys, states.values, window)
+            read = read_states(inputs.state_query, inputs.state_scale, *offered, window)
         else:
-            read = _read_states(tokens.state_query, states.keys, states.values, window)
+            read = _read_states(tokens.state_query, *offered, window)
     own, new_keys, new_values = window_attention(
         qkv,
         inputs.cached_keys,
         inputs.cached_values,
         inputs.bias_table,
         inputs.scale,
-        reset=token_resets(inputs.reset, inputs.tokens, window),
+        reset=starts,
         reset_grid=window,
         drop=inputs.drop,
     )

@@ -92,7 +92,7 @@ def nll_kernel(
         tl.store(start + label, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit  # specialised for a size of whole vectors, or the mask would make it read number by number
 def scale_kernel(x_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """out = x * factor, factor one number in device memory."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

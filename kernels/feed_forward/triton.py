@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,30 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels import backend
 
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of one program (rows, columns, depth), warps, pipeline stages, rows of tiles that share columns in the L2
-    cache, parts of the tile in which the epilogue works, and programs a multiprocessor (None: one a tile)."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    parts: int = 1
-    resident: int | None = None
-
-
-CONFIGS = (
-    Config(128, 256, 64, 8, 3, parts=2),
-    Config(128, 256, 64, 8, 3, parts=2, resident=1),
-    Config(128, 128, 64, 4, 3, parts=2),
-    Config(128, 128, 64, 4, 3, parts=2, resident=2),
-    Config(128, 128, 64, 8, 4, parts=1),
-    Config(256, 128, 64, 8, 3, parts=2),
-)
+# One program a multiprocessor works through the tiles and begins to load the next one during the epilogue of the one
+# before: 0.508 ms at 32,768 x 1024 x 4096 on an H100, 0.514 with one program a tile. Hidden vectors prefetched into the
+# L2 cache lost: 0.539 to 0.577.
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+GROUP_M = 8  # rows of tiles that share columns in the L2 cache
+NUM_WARPS, NUM_STAGES = 8, 3
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,12 +36,11 @@ def masked_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """out [N, F] = (dy [N, D] weight [D, F]) where hidden [N, F] > 0, else 0."""
     num_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     num_m = tl.cdiv(rows, BLOCK_M)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         first = tile // (GROUP_M * num_n) * GROUP_M
         height = min(num_m - first, GROUP_M)
         m = (first + tile % (GROUP_M * num_n) % height) * BLOCK_M
@@ -68,17 +48,13 @@ def masked_product_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, DEPTH, BLOCK_K):
             total = tl.dot(dy_desc.load([m, k]), weight_desc.load([k, n]), total)
-        if PARTS == 1:
-            hidden = hidden_desc.load([m, n])
-            out_desc.store([m, n], tl.where(hidden <= 0, 0.0, total).to(hidden.dtype))
-        else:
-            # half a tile of hidden vectors at a time leaves room for one more stage of the pipeline
-            halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            hidden = hidden_desc.load([m, n])
-            out_desc.store([m, n], tl.where(hidden <= 0, 0.0, left).to(hidden.dtype))
-            hidden = hidden_desc.load([m, n + BLOCK_N // 2])
-            out_desc.store([m, n + BLOCK_N // 2], tl.where(hidden <= 0, 0.0, right).to(hidden.dtype))
+        # half a tile of hidden vectors at a time leaves room for one more stage of the pipeline
+        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        hidden = hidden_desc.load([m, n])
+        out_desc.store([m, n], tl.where(hidden <= 0, 0.0, left).to(hidden.dtype))
+        hidden = hidden_desc.load([m, n + BLOCK_N // 2])
+        out_desc.store([m, n + BLOCK_N // 2], tl.where(hidden <= 0, 0.0, right).to(hidden.dtype))
 
 
 def masked_product_supported(dy: Tensor, weight: Tensor, hidden: Tensor) -> bool:
@@ -99,37 +75,33 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def masked_product(dy: Tensor, weight: Tensor, hidden: Tensor, config: Config = CONFIGS[0]) -> Tensor:
+def masked_product(dy: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
     """(dy W) where hidden > 0, else 0.
 
     Args:
         dy: [N, D].
         weight: W [D, F].
         hidden: [N, F], output of a ReLU.
-        config: one of CONFIGS.
 
     Returns:
         [N, F], dy's type.
     """
     (rows, depth), width = dy.shape, weight.shape[1]
     out = torch.empty_like(hidden)
-    m, n, k = config.block_m, config.block_n, config.block_k
-    tiles = triton.cdiv(rows, m) * triton.cdiv(width, n)
-    programs = tiles if config.resident is None else min(tiles, config.resident * _multiprocessors(dy.device))
-    masked_product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(dy, [m, k]),
-        TensorDescriptor.from_tensor(weight, [k, n]),
-        TensorDescriptor.from_tensor(hidden, [m, n // config.parts]),
-        TensorDescriptor.from_tensor(out, [m, n // config.parts]),
+    tiles = triton.cdiv(rows, BLOCK_M) * triton.cdiv(width, BLOCK_N)
+    masked_product_kernel[(min(tiles, _multiprocessors(dy.device)),)](
+        TensorDescriptor.from_tensor(dy, [BLOCK_M, BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [BLOCK_K, BLOCK_N]),
+        TensorDescriptor.from_tensor(hidden, [BLOCK_M, BLOCK_N // 2]),
+        TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_N // 2]),
         rows,
         WIDTH=width,
         DEPTH=depth,
-        BLOCK_M=m,
-        BLOCK_N=n,
-        BLOCK_K=k,
-        GROUP_M=config.group_m,
-        PARTS=config.parts,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        GROUP_M=GROUP_M,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     return out

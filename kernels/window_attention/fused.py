@@ -15,6 +15,7 @@ from longspan.kernels.rotary import rotary_angles
 from longspan.kernels.window_attention.reference import MAX_DISTANCE, t5_buckets
 from longspan.kernels.window_attention.tiles import Tile, Tiles, choose_tiles
 from longspan.kernels.window_attention.triton_backward import (
+    delta_kernel,
     distance_kernel,
     finish_kernel,
     key_gradient_kernel,
@@ -27,8 +28,9 @@ PREPARE_TOKENS = 32
 ROUND = 128  # arrays by token are this much longer than a whole number of tiles, so that their reads need no mask
 ROTATE_TOKENS = 32
 FINE_POSITIONS = 1024
-PIECE_TOKENS = 1 << 16  # queries whose tiles near the diagonal are stored at once
-SUM_TILES = 4  # tiles of queries that are added up at once
+PIECE_TOKENS = 40 * 1024  # keys whose dS is stored at once: 420 MB with 8 heads of 128 and a window of 512 in bf16
+DELTA_TOKENS = 32
+SUM_TILES = 4  # tiles of keys that are added up at once
 SUM_STRIPS = 32
 
 
@@ -44,9 +46,9 @@ def fused_window_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`api.window_attention` by Triton kernels; arguments as there, bias_table None for rotary positions.
 
-    Two launches forward and four backward (four and five with rotary positions); none waits for the host. Nothing
-    of the size of the scores is kept: saved are qkv, the output and four numbers a token and head; the backward pass
-    stores the scores' gradients near the diagonal for 65,536 tokens at a time.
+    Two launches forward and five backward (four and six with rotary positions); none waits for the host. Nothing
+    of the size of the scores is kept: saved are qkv, the output and three numbers a token and head; the backward pass
+    stores the scores' gradients for 40,960 tokens at a time.
 
     Args:
         tiles: other tile sizes than those of `choose_tiles`.
@@ -61,7 +63,7 @@ def fused_window_attention(
 
 
 @dataclass
-class _Call:
+class WindowCall:
     """Tensors of one call, as the kernels take them.
 
     Args:
@@ -90,16 +92,20 @@ class _Call:
     inv_q: Tensor
 
     def tensors(self) -> list[Tensor | None]:
+        """All of them, in the order of the arguments."""
         return list(vars(self).values())
 
     @property
     def window(self) -> int:
+        """W."""
         return self.past.shape[1]
 
     def multipliers(self) -> Tensor:
-        return self.scale if self.drop is None else self.drop  # the kernel wants a tensor anyway
+        """`drop`, or any tensor, which the kernels then do not read."""
+        return self.scale if self.drop is None else self.drop
 
     def settings(self, tile: Tile) -> dict[str, Any]:
+        """Constants of the kernels that compute scores."""
         tokens, window = self.qkv.shape[1], self.window
         return {
             "STEP": self.past.shape[2],
@@ -116,45 +122,69 @@ class _Call:
         }
 
 
+def window_forward(
+    qkv: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    table: Tensor | None,
+    scale: Tensor,
+    reset: Tensor,
+    drop: Tensor | None,
+    tiles: Tiles,
+) -> tuple[WindowCall, Tensor, Tensor]:
+    """The forward pass without autograd, arguments as `fused_window_attention`: (call with its output `out`, the next
+    cache's keys and values [B, W, H, Dh])."""
+    call, new_keys, new_values = _prepare(
+        _packed(qkv, qkv[0, 0].numel()), cached_keys, cached_values, table, scale, reset, drop
+    )
+    _attend(call, tiles)
+    return call, new_keys, new_values
+
+
+def window_backward(
+    call: WindowCall, grads: tuple[Tensor | None, ...], needs_cache: bool, tiles: Tiles
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The backward pass.
+
+    Args:
+        call: of the forward pass.
+        grads: of its output and of the next cache's keys and values; None is zero.
+        needs_cache: whether the gradients of the cache are wanted.
+        tiles: those of the forward pass.
+
+    Returns:
+        Gradients of qkv, of the cache's keys and values or None, of the table or None, of scale.
+    """
+    go = torch.zeros_like(call.out) if grads[0] is None else _packed(grads[0], call.out[0, 0].numel())
+    dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
+    dnew_k, dnew_v = grads[1:]
+    if call.table is None and dnew_k is not None:  # the cache is not rotated, the keys of the kernels are
+        dnew_k = dnew_k.contiguous().unsqueeze(2)
+        dnew_k = _rotate(dnew_k, torch.empty_like(dnew_k), 1, call.qkv.shape[1], 1).squeeze(2)
+    backward = _Backward(call, go, dqkv, (dnew_k, dnew_v), needs_cache, tiles)
+    dtable, dscale = backward.run()
+    dcached_k, dcached_v = backward.dcache
+    if call.table is None:
+        _rotate(dqkv, dqkv, 2, call.window, -1)
+        if dcached_k is not None:
+            _rotate(dcached_k.unsqueeze(2), dcached_k.unsqueeze(2), 1, 0, -1)
+    return dqkv, dcached_k, dcached_v, dtable, dscale
+
+
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        cached_keys: Tensor,
-        cached_values: Tensor,
-        table: Tensor | None,
-        scale: Tensor,
-        reset: Tensor,
-        drop: Tensor | None,
-        tiles: Tiles,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call, new_keys, new_values = _prepare(
-            _packed(qkv, qkv[0, 0].numel()), cached_keys, cached_values, table, scale, reset, drop
-        )
-        _attend(call, tiles)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call, new_keys, new_values = window_forward(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.tensors())
-        ctx.tiles = tiles
+        ctx.tiles = args[-1]
         return call.out, new_keys, new_values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = _Call(*ctx.saved_tensors)
-        go = torch.zeros_like(call.out) if grads[0] is None else _packed(grads[0], call.out[0, 0].numel())
-        dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
-        delta, dtable, dscale = _query_gradient(call, go, dqkv, ctx.tiles)
-        dnew_k, dnew_v = grads[1:]
-        if call.table is None and dnew_k is not None:  # the cache is not rotated, the keys of the kernels are
-            dnew_k = dnew_k.contiguous().unsqueeze(2)
-            dnew_k = _rotate(dnew_k, torch.empty_like(dnew_k), 1, call.qkv.shape[1], 1).squeeze(2)
-        dcache = _key_gradient(call, go, delta, dqkv, (dnew_k, dnew_v), any(ctx.needs_input_grad[1:3]), ctx.tiles)
-        if call.table is None:
-            _rotate(dqkv, dqkv, 2, call.window, -1)
-            if dcache[0] is not None:
-                _rotate(dcache[0].unsqueeze(2), dcache[0].unsqueeze(2), 1, 0, -1)
-        return dqkv, *dcache, dtable, dscale, None, None, None
+        call = WindowCall(*ctx.saved_tensors)
+        return *window_backward(call, grads, any(ctx.needs_input_grad[1:3]), ctx.tiles), None, None, None
 
 
 def _packed(x: Tensor, token: int) -> Tensor:
@@ -183,7 +213,7 @@ def _prepare(
     scale: Tensor,
     reset: Tensor,
     drop: Tensor | None,
-) -> tuple[_Call, Tensor, Tensor]:
+) -> tuple[WindowCall, Tensor, Tensor]:
     """(call with everything but the output, next cache [B, W, H, D] twice)."""
     rows, tokens, _, heads, width = qkv.shape
     window, token = cached_keys.shape[1], heads * width
@@ -198,7 +228,7 @@ def _prepare(
         "dtype": torch.float32 if qkv.dtype == torch.float32 else torch.float16,
         "device": qkv.device,
     }
-    call = _Call(
+    call = WindowCall(
         qkv=turned,
         past=qkv.new_empty(rows, window, _step(turned, 3 * token)),
         table=None if table is None else table.contiguous(),
@@ -254,7 +284,7 @@ def _prepare(
     return call, new_keys, new_values
 
 
-def _attend(call: _Call, tiles: Tiles) -> None:
+def _attend(call: WindowCall, tiles: Tiles) -> None:
     """Write out, lse and inv_q."""
     rows, tokens, _, heads, _ = call.qkv.shape
     tile = tiles.attend
@@ -276,83 +306,184 @@ def _attend(call: _Call, tiles: Tiles) -> None:
     )
 
 
-def _query_gradient(call: _Call, go: Tensor, dqkv: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Write part 0 of dqkv; (delta like lse, gradient of the table or None, gradient of scale)."""
-    rows, tokens, _, heads, width = call.qkv.shape
-    tile = tiles.query_gradient
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": go.device}
-    total = rows * triton.cdiv(tokens, tile.queries)
-    back = triton.cdiv(min(call.window, MAX_DISTANCE), tile.keys) * tile.keys
-    has_table = call.table is not None
-    # the stored tiles are as large as the queries one and a half times: a long segment goes in pieces
-    piece = min(total, PIECE_TOKENS // tile.queries) if has_table else total
-    pairs = go.new_empty((piece, heads, back + tile.queries, tile.queries) if has_table else (1,))
-    for_scale = torch.empty(total, heads, **wide)
-    delta = torch.empty_like(call.lse)
-    parts = []
-    for begin in range(0, total, piece):
-        count = min(piece, total - begin)
-        query_gradient_kernel[(count * heads,)](
+class _Backward:
+    """The launches of the backward pass, a piece of the keys after another.
+
+    Tiles of keys are counted over all rows, those of a row's cache in front of it. Tile n stores its dS in place
+    n mod ring: queries read what the tiles of a piece and the last ones of the piece before have stored.
+    """
+
+    def __init__(
+        self,
+        call: WindowCall,
+        go: Tensor,
+        dqkv: Tensor,
+        new: tuple[Tensor | None, ...],
+        needs_cache: bool,
+        tiles: Tiles,
+    ) -> None:
+        """Launches `delta_kernel`.
+
+        Args:
+            call: of the forward pass; go: gradient of its output.
+            dqkv: [B, T, 3, H, D], written by `run`.
+            new: gradients of the new cache [B, W, H, D], or None.
+            needs_cache: whether `run` writes the gradients of the old cache, `dcache`.
+        """
+        self.call, self.go, self.dqkv = call, go, dqkv
+        self.key_tile, self.query_tile = tiles.key_gradient, tiles.query_gradient
+        self.rows, self.tokens, _, self.heads, self.width = call.qkv.shape
+        self.keys = self.key_tile.keys
+        self.tiles = triton.cdiv(self.tokens, self.keys) + triton.cdiv(call.window, self.keys)
+        self.span = triton.cdiv(call.window + self.keys, self.key_tile.queries) * self.key_tile.queries
+        self.piece = min(self.rows * self.tiles, max(1, PIECE_TOKENS // self.keys))
+        behind = triton.cdiv(call.window + self.query_tile.queries, self.keys) + 1
+        self.ring = min(self.rows * self.tiles, self.piece + behind)
+        cache = (self.rows, call.window, self.heads, self.width)
+        has_new = any(x is not None for x in new)
+        self.dnew = [go.new_zeros(cache) if has_new and x is None else x for x in new]
+        self.dcache = [go.new_empty(cache) if needs_cache else None for _ in range(2)]
+        self.pairs = go.new_empty(self.ring, self.heads, self.span * self.keys)
+        self.unit_keys = go.new_empty(self.ring, self.heads, self.keys, self.width)
+        self.for_scale = torch.empty(
+            self.rows * triton.cdiv(self.tokens, self.query_tile.queries), self.heads,
+            dtype=torch.float32, device=go.device,
+        )  # fmt: skip
+        self.delta = torch.empty_like(call.lse)
+        delta_kernel[(self.rows * self.heads * call.lse.shape[-1] // DELTA_TOKENS,)](
+            call.out,
+            go,
+            self.delta,
+            go.stride(0),
+            self.tokens,
+            GO_STEP=_step(go, self.heads * self.width),
+            H=self.heads,
+            D=self.width,
+            BT=DELTA_TOKENS,
+            ROUND=ROUND,
+        )
+
+    def run(self) -> tuple[Tensor | None, Tensor]:
+        """Write dqkv and dcache; (gradient of the table or None, gradient of scale)."""
+        total, done = self.rows * self.tiles, 0
+        sums = []
+        for begin in range(0, total, self.piece):
+            end = min(begin + self.piece, total)
+            self._key_gradient(begin, end - begin)
+            if self.call.table is not None:
+                sums.append(self._by_distance(begin, end - begin))
+            ready = self._queries_before(end)
+            if ready > done:
+                self._query_gradient(done, ready - done)
+            done = ready
+        return _finish(self.call, self.for_scale, sums)
+
+    def _queries_before(self, end: int) -> int:
+        """How many tiles of queries see no tile of keys from `end` on."""
+        row, rest = divmod(end, self.tiles)
+        inside = max(0, rest - triton.cdiv(self.call.window, self.keys)) * self.keys // self.query_tile.queries
+        return row * triton.cdiv(self.tokens, self.query_tile.queries) + inside
+
+    def _key_gradient(self, begin: int, count: int) -> None:
+        """Write parts 1 and 2 of dqkv, dcache, pairs and unit_keys."""
+        call, go = self.call, self.go
+        key_gradient_kernel[(count * self.heads,)](
             call.qkv,
             call.past,
             call.inv_k,
             call.starts,
-            call.near_keys,
+            call.nexts,
+            call.near_queries,
             call.consts,
             call.multipliers(),
-            call.out,
             go,
             call.lse,
             call.inv_q,
-            delta,
-            dqkv,
-            pairs,
-            for_scale,
+            self.delta,
+            *(go if x is None else x.contiguous() for x in self.dnew),
+            self.dqkv,
+            *(self.dqkv if x is None else x for x in self.dcache),
+            self.pairs,
+            self.unit_keys,
             call.qkv.stride(0),
             go.stride(0),
-            tokens,
+            self.tokens,
             begin,
-            GO_STEP=_step(go, heads * width),
-            BACK=back,
-            HAS_TABLE=has_table,
-            **call.settings(tile),
+            self.tiles,
+            self.ring,
+            GO_STEP=_step(go, self.heads * self.width),
+            SPAN=self.span,
+            HAS_NEW=self.dnew[0] is not None,
+            HAS_CACHE=self.dcache[0] is not None,
+            **call.settings(self.key_tile),
         )
-        if has_table:
-            parts.append(_by_distance(call, pairs, delta, begin, count, tile))
-    return delta, *_finish(call, for_scale, parts)
+
+    def _query_gradient(self, begin: int, count: int) -> None:
+        """Write part 0 of dqkv and for_scale."""
+        call, tile = self.call, self.query_tile
+        query_gradient_kernel[(count * self.heads,)](
+            call.qkv,
+            call.starts,
+            call.consts,
+            call.inv_q,
+            self.pairs,
+            self.unit_keys,
+            self.dqkv,
+            self.for_scale,
+            call.qkv.stride(0),
+            self.tokens,
+            begin,
+            self.tiles,
+            self.ring,
+            STEP=call.past.shape[2],
+            H=self.heads,
+            W=call.window,
+            D=self.width,
+            BQ=tile.queries,
+            BK=self.keys,
+            SPAN=self.span,
+            ROUND=ROUND,
+            EVEN=self.tokens % ROUND == 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def _by_distance(self, begin: int, count: int) -> Tensor:
+        """fp32 [any, H, 128]: parts of the sums of dS by distance."""
+        call, queries = self.call, self.key_tile.queries
+        slots = min(self.span, self.keys + MAX_DISTANCE) // queries
+        strips = min(SUM_STRIPS, triton.cdiv(count, SUM_TILES))
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": self.go.device}
+        scratch = torch.empty(strips, slots, self.heads, queries * self.keys, **wide)
+        sums = torch.empty(strips * slots, self.heads, MAX_DISTANCE, **wide)
+        distance_kernel[(strips * slots * self.heads,)](
+            self.pairs,
+            call.starts,
+            call.bias,
+            call.lse,
+            self.delta,
+            scratch,
+            sums,
+            self.tokens,
+            begin,
+            count,
+            strips,
+            self.tiles,
+            self.ring,
+            H=self.heads,
+            W=call.window,
+            BQ=queries,
+            BK=self.keys,
+            SPAN=self.span,
+            SLOTS=slots,
+            ROUND=ROUND,
+            AT_ONCE=SUM_TILES,
+            num_warps=8,
+        )
+        return sums
 
 
-def _by_distance(call: _Call, pairs: Tensor, delta: Tensor, begin: int, count: int, tile: Tile) -> Tensor:
-    """fp32 [any, H, 128]: parts of the sums of dS by distance."""
-    heads, back = pairs.shape[1], pairs.shape[2] - tile.queries
-    slots = pairs.shape[2] // tile.keys
-    strips = min(SUM_STRIPS, triton.cdiv(count, SUM_TILES))
-    scratch = torch.empty(strips, slots, heads, tile.queries * tile.keys, dtype=torch.float32, device=pairs.device)
-    sums = torch.empty(strips * slots, heads, MAX_DISTANCE, dtype=torch.float32, device=pairs.device)
-    distance_kernel[(strips * slots * heads,)](
-        pairs,
-        call.starts,
-        call.bias,
-        call.lse,
-        delta,
-        scratch,
-        sums,
-        call.qkv.shape[1],
-        begin,
-        count,
-        strips,
-        H=heads,
-        BQ=tile.queries,
-        BK=tile.keys,
-        BACK=back,
-        ROUND=ROUND,
-        AT_ONCE=SUM_TILES,
-        num_warps=8,
-    )
-    return sums
-
-
-def _finish(call: _Call, for_scale: Tensor, parts: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+def _finish(call: WindowCall, for_scale: Tensor, parts: list[Tensor]) -> tuple[Tensor | None, Tensor]:
     """(gradient of the table or None, gradient of scale)."""
     table = call.scale if call.table is None else call.table
     sums = for_scale if call.table is None else parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -372,51 +503,6 @@ def _finish(call: _Call, for_scale: Tensor, parts: list[Tensor]) -> tuple[Tensor
         HAS_TABLE=call.table is not None,
     )
     return None if call.table is None else dtable, dscale
-
-
-def _key_gradient(
-    call: _Call,
-    go: Tensor,
-    delta: Tensor,
-    dqkv: Tensor,
-    new: tuple[Tensor | None, ...],
-    needs_cache: bool,
-    tiles: Tiles,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write parts 1 and 2 of dqkv; gradients of the cache [B, W, H, D] if needed. `new`: those of the new cache."""
-    rows, tokens, _, heads, width = call.qkv.shape
-    cache = (rows, call.window, heads, width)
-    tile = tiles.key_gradient
-    has_new = any(x is not None for x in new)
-    dnew = [go.new_zeros(cache) if has_new and x is None else x for x in new]
-    dcache = [go.new_empty(cache) if needs_cache else None for _ in range(2)]
-    per_row = triton.cdiv(tokens, tile.keys) + (triton.cdiv(call.window, tile.keys) if needs_cache else 0)
-    key_gradient_kernel[(rows * heads * per_row,)](
-        call.qkv,
-        call.past,
-        call.inv_k,
-        call.starts,
-        call.nexts,
-        call.near_queries,
-        call.consts,
-        call.multipliers(),
-        go,
-        call.lse,
-        call.inv_q,
-        delta,
-        *(go if x is None else x.contiguous() for x in dnew),
-        dqkv,
-        *(dqkv if x is None else x for x in dcache),
-        call.qkv.stride(0),
-        go.stride(0),
-        tokens,
-        per_row,
-        GO_STEP=_step(go, heads * width),
-        HAS_NEW=has_new,
-        HAS_CACHE=needs_cache,
-        **call.settings(tile),
-    )
-    return dcache[0], dcache[1]
 
 
 @lru_cache(maxsize=8)

@@ -12,8 +12,8 @@ class Tile:
     """How one pass is cut.
 
     Args:
-        queries, keys: edges of a tile of scores; 64 or 128. Where queries are the outer loop, keys divides queries,
-            else queries divides keys.
+        queries, keys: edges of a tile of scores; 64 or 128. In `attend` keys divides queries, in `key_gradient`
+            queries divides keys.
         warps, stages: of a program, and of its pipeline of loads.
     """
 
@@ -25,9 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One tile for each pass: output, gradient of queries, gradient of keys and values.
+    """One tile for each pass: output, gradient of keys and values, gradient of queries.
 
-    The `queries` of each pass divides that of the pass before: it reads what that one wrote.
+    The `queries` of `key_gradient` divides that of `attend`, whose sums it reads; the `keys` of `query_gradient` is
+    that of `key_gradient`, whose stored tiles it reads.
     """
 
     attend: Tile
@@ -35,8 +36,8 @@ class Tiles:
     key_gradient: Tile
 
 
-_WIDE = Tiles(attend=Tile(64, 64, 4, 2), query_gradient=Tile(64, 64, 4, 2), key_gradient=Tile(64, 64, 4, 2))
-_NARROW = Tiles(attend=Tile(64, 64, 4, 3), query_gradient=Tile(64, 64, 4, 3), key_gradient=Tile(64, 64, 4, 3))
+_WIDE = Tiles(attend=Tile(64, 64, 4, 2), query_gradient=Tile(128, 64, 8, 3), key_gradient=Tile(64, 64, 4, 2))
+_NARROW = Tiles(attend=Tile(64, 64, 4, 3), query_gradient=Tile(128, 64, 8, 3), key_gradient=Tile(64, 64, 4, 3))
 _FP32 = Tiles(attend=Tile(64, 64, 4, 2), query_gradient=Tile(64, 64, 4, 1), key_gradient=Tile(64, 64, 4, 1))
 
 

@@ -21,9 +21,10 @@ from longspan.kernels.block_recurrent.state_path import (
 from longspan.kernels.context_parallel.carry import StateGrad, carry_state
 from longspan.kernels.context_parallel.halo import window_cache
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
+from longspan.kernels.tensor_parallel.collectives import gather_parts
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise
-from longspan.modeling.basic import Dense, RMSNorm, dropout_mask
+from longspan.modeling.basic import Dense, RMSNorm, head_dropout_mask
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
 from longspan.modeling.initialisation import normal_parameter, variance_scaling_
 from longspan.modeling.protocol import Aux, StatefulModule
@@ -122,6 +123,10 @@ class BlockRecurrent(StatefulModule):
 
     State: normalised keys and values of the last block (cache) and the state vectors (recurrent, fp32). A frozen
     state is no state at all: every block reads the learned initial value, and only the cache is carried.
+
+    Tensor-parallel ranks divide the tokens' heads, not the state's: each runs the whole state path, over the keys and
+    values of all heads, and its tokens read their own heads of it. So the serial chain waits for nobody, and on each
+    rank what flows back through it is a part of the gradient (docs/decisions/014-tensor-parallel-by-slicing.md).
     """
 
     dependency = "state_scan"
@@ -171,11 +176,12 @@ class BlockRecurrent(StatefulModule):
         """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new state, no auxiliary loss."""
         drop = None
         if self.training and self.dropout > 0:
-            drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
+            drop = head_dropout_mask(self.heads, self.window, self.dropout, x, self.tensor_shard)
         qkv, state_query = project_twice(x, self._stacked(), self.state_query.weight)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         starts = token_resets(reset, x.shape[1], self.window)
         keys, values = window_cache(qkv, state["keys"], state["values"], starts, self.shard)
+        own = self.tensor_shard.part(self.recurrent.heads)
         inputs = BlockRecurrentInputs(
             qkv=qkv,
             state_query=state_query.unflatten(-1, (self.heads, -1)),
@@ -188,9 +194,22 @@ class BlockRecurrent(StatefulModule):
             reset=reset,
             path=self.recurrent.weights(),
             drop=drop,
+            own_heads=own,
+            all_tokens=self._all_tokens(qkv, keys, values) if self.recurrent.write is not None else None,
         )
         y, new_state = self._attend(inputs)
         return y, new_state, {}
+
+    def _all_tokens(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Normalised keys and values of all ranks' heads [2, B, W+T, H', Dh], cache in front; None if all are ours."""
+        if self.tensor_shard.size == 1:
+            return None
+        seen = (torch.cat([keys, l2_normalise(qkv[:, :, 1])], dim=1), torch.cat([values, qkv[:, :, 2]], dim=1))
+        return gather_parts(torch.stack(seen), 3, self.tensor_shard)
+
+    def _own(self, heads: Tensor) -> Tensor:
+        """This rank's heads of [B, H', S, Dh]."""
+        return heads[:, self.tensor_shard.part(heads.shape[1])]
 
     def _attend(self, inputs: BlockRecurrentInputs) -> tuple[Tensor, State]:
         """Attention and output projection, the state handed from rank to rank."""
@@ -222,8 +241,8 @@ class BlockRecurrent(StatefulModule):
             "keys": torch.cat([torch.zeros_like(state["keys"]), state["keys"]], dim=1),
             "values": torch.cat([torch.zeros_like(state["values"]), state["values"]], dim=1),
             "state": vectors,
-            "state_keys": projected.keys,
-            "state_values": projected.values,
+            "state_keys": self._own(projected.keys),
+            "state_values": self._own(projected.values),
             "count": torch.zeros(rows, dtype=torch.int64, device=vectors.device),
         }
 
@@ -261,13 +280,14 @@ class BlockRecurrent(StatefulModule):
             return state | {"count": count}
         path = self.recurrent.weights()
         stacked = path.stacked()
-        keys, values = state["keys"].transpose(1, 2), state["values"].transpose(1, 2)
+        seen = gather_parts(torch.stack([state["keys"], state["values"]]), 3, self.tensor_shard)
+        keys, values = seen.transpose(2, 3).unbind(0)
         vectors = write_state(state["state"], project_state(state["state"], path, stacked), keys, values, path)
         vectors = torch.where(full[:, None, None], vectors, state["state"])
         projected = project_state(vectors, path, stacked)
         return state | {
             "state": vectors,
-            "state_keys": projected.keys,
-            "state_values": projected.values,
+            "state_keys": self._own(projected.keys),
+            "state_values": self._own(projected.values),
             "count": count,
         }

@@ -43,10 +43,10 @@ class FullAttention(StatefulModule):
         q, k, v = (dense(x).unflatten(-1, (self.heads, -1)) for dense in (self.query, self.key, self.value))
         before = state["keys"], state["values"], state["tokens"]
         dropout = self.dropout if self.training else 0.0
+        if dropout > 0 and max(self.shard.size, self.tensor_shard.size) > 1:
+            raise UsageError("full attention over several ranks has no dropout. Set model.dropout=0.")
         if self.shard.size == 1:
             y, keys, values, tokens = full_attention(q, k, v, *before, reset=reset, dropout=dropout)
-        elif dropout > 0:
-            raise UsageError("full attention over several ranks has no dropout. Set model.dropout=0.")
         else:
             y, keys, values, tokens = ring_layer(q, k, v, *before, reset=reset, shard=self.shard)
         return self.output(y.flatten(2)), {"keys": keys, "values": values, "tokens": tokens}, {}

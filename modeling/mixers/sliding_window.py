@@ -10,7 +10,7 @@ from longspan.kernels.context_parallel.halo import window_cache
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS
-from longspan.modeling.basic import Dense, dropout_mask
+from longspan.modeling.basic import Dense, head_dropout_mask
 from longspan.modeling.config import ModelConfig, SlidingWindowConfig
 from longspan.modeling.initialisation import normal_parameter
 from longspan.modeling.protocol import Aux, StatefulModule
@@ -57,7 +57,7 @@ class SlidingWindow(StatefulModule):
         qkv = F.linear(x, weight).unflatten(-1, (3, self.heads, -1))
         drop = None
         if self.training and self.dropout > 0:
-            drop = dropout_mask((self.heads, self.window, 2 * self.window), self.dropout, x)
+            drop = head_dropout_mask(self.heads, self.window, self.dropout, x, self.tensor_shard)
         out, keys, values = window_attention(
             qkv,
             *window_cache(qkv, state["keys"], state["values"], reset, self.shard),

@@ -67,6 +67,18 @@ def test_from_border_states_as_with_everything_kept(monkeypatch: pytest.MonkeyPa
     assert max(gaps.values()) < 1e-2, gaps
 
 
+@pytest.mark.parametrize("name", ["one row", "five rows"])
+def test_window_attention_beside_the_chain_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs follow one another without a pause, so that memory is given out again as soon as it may be."""
+    case = make_case(*CASES[name]).to(torch.bfloat16, "cuda")
+    beside = [everything(case, block_recurrent) for _ in range(6)]
+    monkeypatch.setattr("longspan.kernels.block_recurrent.scan_layer.BESIDE", False)
+    alone = everything(case, block_recurrent)
+    different = {key for found in beside for key in alone if not torch.equal(found[key], alone[key])}
+    # the cache's gradient is added up in another order
+    assert all("cached" in key for key in different), different
+
+
 def test_repeats_bit_by_bit() -> None:
     case = make_case(*CASES["five rows"]).to(torch.bfloat16, "cuda")
     first, again = everything(case, block_recurrent), everything(case, block_recurrent)

@@ -14,7 +14,7 @@ from longspan.kernels.backend import forced
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.fused import fused_window_attention
 from longspan.kernels.window_attention.support import unsupported
-from longspan.kernels.window_attention.tiles import Tile, Tiles
+from longspan.kernels.window_attention.tiles import choose_tiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_window_attention_gpu.py")
 CASES = [
@@ -98,13 +98,15 @@ def test_gradients_of_bias_and_scale_may_be_summed_in_pieces(monkeypatch: pytest
     assert all(relative_error(pieces[name], x) < 1e-5 for name, x in whole.items())
 
 
-def test_other_tiles_give_the_same() -> None:
-    case = Case(200, 333, heads=1)
+@pytest.mark.parametrize("tokens", [333, 256])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_tiles_of_16_bit_numbers_give_the_same(tokens: int, width: int) -> None:
+    case = Case(128 if tokens == 256 else 200, tokens, heads=1)
     t = inputs_of(case, torch.float32)
     leaves = [t[name].requires_grad_() for name in ("qkv", "cached_keys", "cached_values", "table", "scale")]
-    tiles = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
-    out, _, _ = fused_window_attention(*leaves, reset_of(case), None, tiles)
-    got = torch.autograd.grad(out, leaves, t["w_out"])
+    with poisoned_memory():
+        out, _, _ = fused_window_attention(*leaves, reset_of(case), None, choose_tiles(torch.bfloat16, width))
+        got = torch.autograd.grad(out, leaves, t["w_out"])
     unused = {name: 0 * t[name].detach() for name in ("w_keys", "w_values")}
     want = run(case, t | unused, "triton")
     for name, x in zip(("d_qkv", "d_cached_keys", "d_cached_values", "d_table", "d_scale"), got, strict=True):

@@ -35,8 +35,8 @@ class Measured:
 
 
 TABLE = (
-    Measured("rec_fixed_skip_12l", 8, 4096, "none", 83.33, 11.84),
-    Measured("slide_13l", 8, 4096, "none", 82.97, 11.84),
+    Measured("rec_fixed_skip_12l", 8, 4096, "none", 84.03, 11.90),
+    Measured("slide_13l", 8, 4096, "none", 83.25, 11.91),
     Measured("rec_fixed_skip_12l", 1, 131_072, "none", 335.76, 41.35),
     Measured("slide_13l", 1, 131_072, "none", 325.87, 41.34),
     Measured("rec_fixed_skip_12l", 1, 1_048_576, "layer", 3441.6, 51.01),

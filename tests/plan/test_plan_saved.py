@@ -102,7 +102,6 @@ def test_limits_are_those_of_the_kernels() -> None:
     from longspan.kernels.feed_forward import autograd as feed_forward
     from longspan.kernels.linear_attention import reference as linear_attention
     from longspan.kernels.window_attention import fused
-    from longspan.kernels.window_attention.reference import MAX_DISTANCE
     from longspan.kernels.window_attention.tiles import choose_tiles
 
     assert memory.LOSS_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
@@ -111,6 +110,5 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert memory.CHAIN_CHUNK_BLOCKS == scan.CHUNK_BLOCK_ROWS
     assert memory.LINEAR_CHUNK_TOKENS == linear_attention.CHUNK_TOKENS
     assert memory.WINDOW_PIECE_TOKENS == fused.PIECE_TOKENS
-    assert memory.WINDOW_NEAR_TOKENS == MAX_DISTANCE
     tiles = [choose_tiles(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]
-    assert {memory.WINDOW_TILE_TOKENS} == {tile.query_gradient.queries for tile in tiles}
+    assert {memory.WINDOW_TILE_TOKENS} == {tile.key_gradient.keys for tile in tiles}

@@ -28,9 +28,8 @@ FFN_CHUNK_HIDDEN = 2**27  # hidden values that exist at a time where they are no
 CHAIN_KEEP_BYTES = 2**31  # reads of the state above this are recomputed
 CHAIN_CHUNK_BLOCKS = 64  # blocks x rows of the state path that pass through at a time
 LINEAR_CHUNK_TOKENS = 64
-WINDOW_PIECE_TOKENS = 2**16  # queries whose scores' gradients near the diagonal are stored at a time
-WINDOW_TILE_TOKENS = 64  # edge of a tile of them
-WINDOW_NEAR_TOKENS = 128  # distances with a T5 bucket of their own
+WINDOW_PIECE_TOKENS = 40 * 2**10  # keys whose scores' gradients are stored at a time
+WINDOW_TILE_TOKENS = 64  # keys of a tile of them
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def _mixer_workspace(setting: Setting, layer: object) -> float:
     width = tokens * config.num_heads * config.head_dim * element
     if isinstance(layer, FullAttentionConfig | LinearAttentionConfig):
         return 4 * width  # gradients of what was read and of the projections
-    window = 4 * width + _near_bytes(setting, layer)
+    window = 4 * width + _window_bytes(setting)
     if not isinstance(layer, BlockRecurrentConfig):
         return window
     window += width  # the gradient of what the tokens read of the state waits
@@ -221,14 +220,13 @@ def _mixer_workspace(setting: Setting, layer: object) -> float:
     return max(window, 4 * width + _scan_chunk_bytes(setting, layer))
 
 
-def _near_bytes(setting: Setting, layer: object) -> float:
-    """Gradients of scores at distances that have a bucket of their own, stored to be summed by distance."""
+def _window_bytes(setting: Setting) -> float:
+    """Gradients of scores, and normalised keys, that window attention's backward stores for its second pass."""
     config = setting.model
-    if isinstance(layer, SlidingWindowConfig) and layer.positions == "rope":
-        return 0.0
-    queries = min(_stack_tokens(setting), WINDOW_PIECE_TOKENS)
-    near = min(config.window_tokens, WINDOW_NEAR_TOKENS) + WINDOW_TILE_TOKENS
-    return queries * config.num_heads * near * setting.element_bytes
+    keys = _stack_tokens(setting) + setting.rows * config.window_tokens
+    stored = min(keys, WINDOW_PIECE_TOKENS + config.window_tokens + 3 * WINDOW_TILE_TOKENS)
+    a_key = config.num_heads * (config.window_tokens + WINDOW_TILE_TOKENS + config.head_dim)
+    return stored * a_key * setting.element_bytes
 
 
 def _scan_chunk_bytes(setting: Setting, layer: BlockRecurrentConfig) -> float:

@@ -1,0 +1,1 @@
+"""Rows of an embedding matrix, with a gradient in one pass."""
