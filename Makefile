@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: help demo test test-long test-faults lint clean
+.PHONY: help demo test test-long test-parallel test-faults test-faults-data test-faults-cluster lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -28,10 +28,20 @@ test: $(VENV)/installed  ## the test suite (at most 15 minutes on two cores, ins
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu"
 
 test-long: $(VENV)/installed  ## the suites that take longer (drift over 1e5 steps, ...)
-	$(BIN)/python -m pytest -m "long" --ignore tests/faults --timeout 3600
+	$(BIN)/python -m pytest -m "long" --timeout 3600 \
+		--ignore tests/faults --ignore tests/faults_data --ignore tests/faults_cluster --ignore tests/parallel
+
+test-parallel: $(VENV)/installed  ## tensor, context and data parallelism against one rank: the whole matrix, over gloo
+	$(BIN)/python -m pytest -m "(long or not long) and not gpu" tests/parallel --timeout 3600
 
 test-faults: $(VENV)/installed  ## 200 random kills of the trainer and the rest of the fault suite
 	$(BIN)/python -m pytest -m "long or not long" tests/faults tests/checkpoint --timeout 3600
+
+test-faults-data: $(VENV)/installed  ## readers killed 400 times while they download from a server that misbehaves
+	$(BIN)/python -m pytest -s -m "long or not long" tests/faults_data --timeout 1800
+
+test-faults-cluster: $(VENV)/installed  ## launchers, restarts and two hosts on this machine, ranks killed
+	$(BIN)/python -m pytest -m "long or not long" tests/faults_cluster --timeout 900
 
 lint: $(VENV)/installed  ## ruff and mypy
 	@$(BIN)/ruff check .

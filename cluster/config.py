@@ -6,6 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# phases of training whose limit is a multiple of timeout_seconds: kernels are compiled, much is written
+PHASE_ALLOWANCES = {"start": 4.0, "first step": 4.0, "save": 4.0, "validation": 4.0}
+LONGEST_ALLOWANCE = max(PHASE_ALLOWANCES.values())
+
 
 class ParallelConfig(BaseModel):
     """world = dp x cp x tp; dp follows from the number of processes."""
@@ -21,4 +25,6 @@ class ParallelConfig(BaseModel):
         1, ge=1, description="parts of a micro-batch in which recurrent state is handed on, so that ranks overlap"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards over dp x cp")
-    timeout_seconds: float = Field(600.0, gt=0, description="longest wait for a collective")
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="a rank without progress for so long is hung; four times as long in starts and saves"
+    )

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.cluster.config import ParallelConfig
+from longspan.cluster.config import LONGEST_ALLOWANCE, ParallelConfig
+from longspan.cluster.network import free_port
+from longspan.cluster.preflight import check_ranks, describe_rank
 from longspan.errors import ClusterError, UsageError
 
 T = TypeVar("T")
@@ -89,8 +91,10 @@ class Mesh:
         rank, world_size: of all processes. local_rank, local_world_size: of those on this host.
         device: where this rank computes.
         dp_rank, dp_size: data parallel, that is which lanes this rank runs.
-        cp_rank, cp_size: context parallel, that is which share of every lane's segment. tp_size: the other axis.
+        cp_rank, cp_size: context parallel, that is which share of every lane's segment.
+        tp_rank, tp_size: tensor parallel, that is which part of every layer.
         dp_cp_group: ranks over which losses and gradients are summed. cp_group: ranks that share this rank's lanes.
+        tp_group: ranks that share this rank's layers; ranks of one such group follow one another.
         control_group: all ranks, always over gloo, for small CPU messages.
     """
 
@@ -103,21 +107,25 @@ class Mesh:
     dp_size: int
     cp_rank: int
     cp_size: int
+    tp_rank: int
     tp_size: int
     dp_cp_group: Any
     cp_group: Any
+    tp_group: Any
     control_group: Any
 
     @classmethod
-    def build(cls, parallel: ParallelConfig, device: str | None = None) -> Mesh:
+    def build(cls, parallel: ParallelConfig, device: str | None = None, settings: dict[str, Any] | None = None) -> Mesh:
         """Join the process group and lay the mesh over it; once a process, until `close`.
 
         Args:
             parallel: sizes of the axes and the longest wait for a collective.
             device: "cpu" or "cuda"; CUDA where there is a GPU if not given.
+            settings: what has to be the same on all ranks besides; nested, JSON values only.
 
         Raises:
-            UsageError: the number of processes is not a multiple of tp * cp, or the port is taken.
+            UsageError: the number of processes is not a multiple of tp * cp, the port is taken, or the ranks differ
+                in settings or kind of device.
             ClusterError: the other processes cannot be reached.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,15 +137,16 @@ class Mesh:
                 f"x data parallel. Start a multiple of {replica} processes, or change tp or cp."
             )
         local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
+        # a hung rank is the watchdog's to name, within each phase's own limit; a collective gives up only after that
+        timeout = timedelta(seconds=parallel.timeout_seconds * LONGEST_ALLOWANCE)
+        _join(kind, parallel.timeout_seconds, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
         if kind == "cuda":
             torch.cuda.set_device(local_rank)
-        timeout = timedelta(seconds=parallel.timeout_seconds)
-        _join("nccl" if kind == "cuda" else "gloo", timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             context_parallel_size=parallel.cp,
             order="tp-cp-ep-dp-pp",
-            distributed_timeout_minutes=parallel.timeout_seconds / 60,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=False,
         )
         return cls(
@@ -150,9 +159,11 @@ class Mesh:
             dp_size=world_size // replica,
             cp_rank=int(parallel_state.get_context_parallel_rank()),
             cp_size=parallel.cp,
+            tp_rank=int(parallel_state.get_tensor_model_parallel_rank()),
             tp_size=parallel.tp,
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             cp_group=parallel_state.get_context_parallel_group(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
             control_group=dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD,
         )
 
@@ -165,6 +176,11 @@ class Mesh:
     def data_rank(self) -> int:
         """This rank's place among dp x cp, for work that is divided by documents and not along the sequence."""
         return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def speaks_for_lanes(self) -> bool:
+        """Whether this rank, alone among those of its lanes, reports what all of them know."""
+        return self.cp_rank == 0 and self.tp_rank == 0
 
     def deepspeed_mpu(self) -> type[DeepSpeedMPU]:
         """What `deepspeed.initialize(mpu=...)` takes."""
@@ -182,6 +198,12 @@ class Mesh:
         """Sum `values` in place over dp x cp; every rank must call this."""
         if self.dp_cp_size > 1:
             dist.all_reduce(values, group=self.dp_cp_group)
+        return values
+
+    def sum_over_all(self, values: Tensor) -> Tensor:
+        """Sum `values` in place over all ranks; every rank must call this."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -230,8 +252,14 @@ class Mesh:
         dist.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    """Initialise torch's default process group from torchrun's environment, or alone."""
+def _join(kind: str, join_seconds: float, timeout: timedelta, settings: dict[str, Any]) -> None:
+    """Initialise torch's default process group from torchrun's environment, or alone.
+
+    Args:
+        kind: "cpu" or "cuda". join_seconds: longest wait for the other ranks. timeout: longest collective.
+        settings: what has to be the same on all ranks.
+    """
+    backend = "nccl" if kind == "cuda" else "gloo"
     if dist.is_initialized():
         raise ClusterError("a process group exists already in this process; close the other mesh first.")
     alone = "RANK" not in os.environ and "MASTER_PORT" not in os.environ
@@ -246,23 +274,18 @@ def _join(backend: str, timeout: timedelta) -> None:
             f"RANK = {rank} is set, but MASTER_PORT is not. Start with torchrun, which sets both, or unset RANK."
         )
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=join_seconds)))
+        check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
         text = str(error)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UsageError(
                 f"port {port} on {address} is in use, so the processes cannot meet there. "
-                f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {_free_port()}."
+                f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {free_port()}."
             ) from error
         raise ClusterError(
             f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {text.splitlines()[0]} "
             f"Check that all of them were started and that the address is reachable from this host."
         ) from error
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

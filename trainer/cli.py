@@ -16,6 +16,7 @@ import traceback
 from typing import Any, NoReturn
 
 from longspan import __version__
+from longspan.cluster import exit_records
 from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError, UsageError
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
@@ -42,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(args.json, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
+    exit_records.note(result=result)
     if args.json and os.environ.get("RANK", "0") == "0":  # one result, not one a rank
         print(json.dumps(result, allow_nan=False), flush=True)
     return EXIT_OK
 
 
 def _fail(as_json: bool, message: str, exit_code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one message, not one a rank
+    exit_records.note(message)
+    if os.environ.get("RANK", "0") == "0" and not exit_records.launcher_listens():  # one message, not one a rank
         print(f"longspan: {message}", file=sys.stderr, flush=True)
         if as_json:
             print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
@@ -69,7 +72,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="longspan", description="Long-context pretraining with recurrent memory.")
     parser.add_argument("--version", action="version", version=f"longspan {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_data, _train, _evaluate, _evals, _export, _generate, _report, _checkpoint, _plan, _bench, _doctor):
+    for add in (
+        _data,
+        _train,
+        _launch,
+        _evaluate,
+        _evals,
+        _export,
+        _generate,
+        _report,
+        _checkpoint,
+        _plan,
+        _bench,
+        _doctor,
+    ):
         add(commands)
     return parser
 
@@ -93,21 +109,77 @@ def _command(
 
 
 def _data(commands: Subparsers) -> None:
-    group = commands.add_parser("data", help="build and verify shards")
+    group = commands.add_parser("data", help="build, verify, inspect, merge and split shards")
     actions = group.add_subparsers(metavar="ACTION", required=True)
     build = _command(actions, "build", "data_build", "corpora -> shards + manifest", sets=True)
     build.add_argument("config", help="corpus recipe (YAML)")
     build.add_argument("--out", help="folder to write instead of the recipe's")
+    build.add_argument("--processes", type=int, help="at most so many at once; the cores, up to 8, if not given")
     verify = _command(actions, "verify", "data_verify", "check every shard and document against the manifest")
     verify.add_argument("folder", help="folder that `data build` wrote")
+    inspect = _command(actions, "inspect", "data_inspect", "sources, licences, counts and lengths of a corpus")
+    inspect.add_argument("folder", help="folder that `data build` wrote")
+    inspect.add_argument("--png", metavar="FILE", help="write the lengths as a picture there")
+    merge = _command(actions, "merge", "data_merge", "several corpora of one tokenizer -> one corpus")
+    merge.add_argument("out", help="folder to make")
+    merge.add_argument("folders", nargs="+", metavar="FOLDER", help="corpora, two or more")
+    split = _command(actions, "split", "data_split", "some sources, or other held-out documents -> a new corpus")
+    split.add_argument("folder", help="folder that `data build` wrote")
+    split.add_argument("--out", required=True, help="folder to make")
+    split.add_argument("--sources", metavar="NAME,...", help="take the documents of these sources only")
+    split.add_argument(
+        "--hold-out",
+        metavar="FILE|FRACTION",
+        help="hold these documents out and no others: a file of ids, or a fraction of each source's bytes",
+    )
 
 
 def _train(commands: Subparsers) -> None:
-    train = _command(commands, "train", "train", "train a model in this process group", sets=True)
+    _train_options(_command(commands, "train", "train", "train a model in this process group", sets=True))
+
+
+def _train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("config", help="training recipe (YAML)")
     train.add_argument("--run-dir", help="run directory; runs/NAME if not given")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
     train.add_argument("--init-from", metavar="CHECKPOINT", help="start from another run's weights")
+    train.add_argument(
+        "--fork-data",
+        action="store_true",
+        help="with --resume: go on with other source weights, segment, lanes or boundary than before",
+    )
+
+
+def _launch(commands: Subparsers) -> None:
+    group = commands.add_parser("launch", help="train with several processes, here or on a cluster")
+    targets = group.add_subparsers(metavar="TARGET", required=True)
+
+    def add(name: str, help_text: str, restarts: int) -> argparse.ArgumentParser:
+        launch = _command(targets, name, "launch", help_text, sets=True)
+        launch.set_defaults(target=name)
+        _train_options(launch)
+        launch.add_argument("--nproc", type=int, metavar="N", help="processes on each node; its GPUs if not given")
+        launch.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the run; 1 if not given")
+        launch.add_argument(
+            "--max-restarts", type=int, default=restarts, help=f"from the last checkpoint, after a fault; {restarts}"
+        )
+        launch.add_argument("--dry-run", action="store_true", help="print what would be started or submitted")
+        return launch
+
+    local = add("local", "torchrun on this node, with signals forwarded and exit codes kept", 0)
+    local.add_argument("--rendezvous", metavar="HOST:PORT", help="where the launchers of several nodes meet")
+    local.add_argument("--run-id", default="longspan", help="the same on all nodes of a run")
+    slurm = add("slurm", "submit an sbatch script that saves and requeues itself at its time limit", 3)
+    slurm.add_argument("--time", default="24:00:00", help="time limit of the job; 24:00:00 if not given")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="a further #SBATCH line, e.g. --sbatch=--mem=0"
+    )
+    ray = add("ray", "run on nodes of a Ray cluster", 3)
+    ray.add_argument("--address", required=True, help="of the cluster: auto, HOST:PORT or ray://HOST:PORT")
+    kubernetes = add("kubernetes", "submit a Kubernetes job with kubectl", 3)
+    kubernetes.add_argument("--kind", choices=("pytorchjob", "rayjob"), default="pytorchjob", help="operator's job")
+    kubernetes.add_argument("--image", required=True, help="container image with Longspan and the recipe")
+    kubernetes.add_argument("--volume-claim", required=True, metavar="NAME", help="shared volume with corpora and runs")
 
 
 def _evaluate(commands: Subparsers) -> None:
@@ -202,6 +274,18 @@ def _bench(commands: Subparsers) -> None:
     chain.add_argument("--model", help="recipe whose first recurrent layer to take")
     add("window-attention", "sliding-window attention", "--rows", "--segment-tokens", "--window-tokens")
     add("cross-entropy", "output layer with its loss", "--tokens", "--dim", "--vocab-size")
+    _bench_data(actions)
+
+
+def _bench_data(actions: Subparsers) -> None:
+    data = _command(actions, "data", "bench_data", "readers, seeking and encoding on this machine; needs no GPU")
+    data.set_defaults(benchmark="data")
+    data.add_argument("--corpus", metavar="DIR", help="what `data build` wrote; random token ids if not given")
+    data.add_argument("--tokens", type=int, help="of a pass, and of the corpus that is made; 100 million if not given")
+    data.add_argument("--repeat", type=int, help="passes; 3 if not given")
+    data.add_argument("--peers", default="all", metavar="NAMES", help="all, none, or names as in `bench list`")
+    data.add_argument("--no-peers", action="store_const", const="none", dest="peers", help="--peers none")
+    data.add_argument("--write-report", metavar="PAGE.md", help="append the results to this Markdown page")
 
 
 def _doctor(commands: Subparsers) -> None:

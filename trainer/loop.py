@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from longspan.cluster.mesh import Mesh
+from longspan.cluster.watchdog import Watchdog
+from longspan.data_pipeline.reader import LaneReader
 from longspan.errors import CheckpointError, DivergenceError, Stopped, UsageError
 from longspan.modeling.model import build_model
 from longspan.trainer.config import RunConfig
+from longspan.trainer.corpus_tokenizer import corpus_tokenizer
 from longspan.trainer.data_source import DataSource, open_data
 from longspan.trainer.device import process_age_seconds, set_threads
 from longspan.trainer.engine import Engine, StepResult
@@ -18,13 +21,15 @@ from longspan.trainer.lanes import Lanes
 from longspan.trainer.recorder import Recorder
 from longspan.trainer.restore import load_initial_weights, seed_everything
 from longspan.trainer.run_directory import RunDirectory, check_usable
-from longspan.trainer.saving import Checkpoints
+from longspan.trainer.saving import Checkpoints, Resumed
 from longspan.trainer.schedules import learning_rate
 from longspan.trainer.signals import StopRequest
 from longspan.trainer.validation import Validation
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: bool = False, init_from: Path | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, run_dir: Path, *, resume: bool = False, init_from: Path | None = None, fork_data: bool = False
+) -> dict[str, Any]:
     """Train in this process group until the last step; call it on every rank, in the main thread.
 
     Args:
@@ -32,6 +37,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, init_from: 
         run_dir: where config.yaml, log.jsonl and checkpoints go.
         resume: go on from the newest checkpoint that verifies; from scratch if there is none.
         init_from: checkpoint or run directory whose weights a fresh run starts with.
+        fork_data: on a resume, go on with the data settings of now (source weights, segment, lanes, boundary) where
+            they differ from those of before, instead of refusing them.
 
     Returns:
         The summary that `longspan train --json` prints; the same on all ranks but for times.
@@ -45,13 +52,16 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, init_from: 
     with StopRequest() as stop:
         check_usable(run_dir, resume=resume)
         source = open_data(config)
-        mesh = Mesh.build(config.parallel)
+        arguments = {"run_dir": str(run_dir), "resume": resume, "init_from": str(init_from), "fork_data": fork_data}
+        mesh = Mesh.build(config.parallel, settings={"arguments": arguments, **config.model_dump(mode="json")})
         directories: list[RunDirectory] = []
         try:
             _check_lanes(config, mesh)
             mesh.on_rank_zero(lambda: directories.append(RunDirectory(run_dir)))
             recorder = Recorder(config, run_dir, mesh, directories[0] if directories else None)
-            return Run(config, run_dir, mesh, source, stop, recorder).execute(resume, init_from)
+            with Watchdog(mesh.rank, mesh.world_size, config.parallel.timeout_seconds, mesh.gather) as watchdog:
+                run = Run(config, run_dir, mesh, source, stop, recorder, watchdog)
+                return run.execute(resume, init_from, fork_data)
         finally:
             for directory in directories:
                 directory.release()
@@ -65,15 +75,28 @@ def _check_lanes(config: RunConfig, mesh: Mesh) -> None:
             f"data.lanes = {lanes} do not divide over {mesh.dp_size} data-parallel ranks in micro-batches of "
             f"training.micro_batch_lanes = {micro}. Make lanes a multiple of {mesh.dp_size * micro}."
         )
+    if mesh.cp_size > 1 and mesh.device.type == "cuda":
+        raise UsageError(
+            f"parallel.cp = {mesh.cp_size}: only on CPU so far. On GPUs, over NCCL and with bf16 kernels, gradients did "
+            f"not equal those of one rank (docs/context_parallel.md). Use data parallelism there."
+        )
 
 
 class Run:
     """One process's part of a run. `execute` is the whole life; all ranks go through it together."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, mesh: Mesh, source: DataSource, stop: StopRequest, recorder: Recorder
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        mesh: Mesh,
+        source: DataSource,
+        stop: StopRequest,
+        recorder: Recorder,
+        watchdog: Watchdog,
     ) -> None:
-        """Args: as in `train`."""
+        """Args: as in `train`; watchdog: is told what phase this process is in."""
+        self.watchdog = watchdog
         self.config, self.run_dir, self.mesh, self.source = config, run_dir, mesh, source
         self.stop, self.recorder, self.note = stop, recorder, recorder.progress.note
         self.threads = set_threads(config.training.threads, mesh.local_world_size)
@@ -85,6 +108,7 @@ class Run:
             "skips": 0,
             "consecutive_skips": 0,
             "checkpoint_failures": 0,
+            "lanes_reset": 0,
             "threads": self.threads,
         }
         self.first_step_seconds: float | None = None
@@ -92,13 +116,18 @@ class Run:
         self.validation_bits_per_byte: float | None = None
         self.timed_tokens, self.timed_seconds = 0, 0.0
 
-    def execute(self, resume: bool, init_from: Path | None) -> dict[str, Any]:
+    @property
+    def reader(self) -> LaneReader:
+        """Reads this rank's lanes."""
+        return self.checkpoints.reader
+
+    def execute(self, resume: bool, init_from: Path | None, fork_data: bool = False) -> dict[str, Any]:
         """Build everything, train, save; returns the summary."""
         started = time.monotonic()
         with self.recorder.progress:
             self._build()
-            resumed = self._start(resume, init_from)
-            self.recorder.open(self.step if resumed else None)
+            resumed = self._start(resume, init_from, fork_data)
+            self.recorder.open(None if resumed is None else self.step)
             status = "FAILED"
             try:
                 self._record_start(resumed)
@@ -116,45 +145,61 @@ class Run:
         seed_everything(config.seed)
         model = build_model(config.model)
         model.set_activation_checkpointing(config.training.activation_checkpointing)
-        self.engine = Engine(model, config, mesh)
+        self.engine = Engine(model, config, mesh, self.source.manifest.vocabulary.eos)
         self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
-        self.reader = self.source.lane_reader(self.lanes.start, self.lanes.stop, config.data.prefetch_steps)
         self.checkpoints = Checkpoints(
-            config, self.run_dir / "checkpoints", self.engine, self.lanes, self.reader, self.note
+            config, self.run_dir / "checkpoints", self.engine, self.lanes, self.source, self.note
         )
-        self.validation = Validation(config, self.source.manifest.split("held_out"), self.source.documents, mesh)
+        self.validation = Validation(
+            config,
+            self.source.manifest.split("held_out"),
+            self.source.documents,
+            corpus_tokenizer(self.source.manifest) if config.validation.sample_tokens else None,
+            mesh,
+        )
         seed_everything(config.seed, mesh.dp_rank + 1)  # ranks that share a lane draw the same dropout
 
-    def _start(self, resume: bool, init_from: Path | None) -> bool:
-        """Set the starting point; whether it is a checkpoint of this run."""
-        state = self.checkpoints.resume() if resume else None
-        if state is not None:
+    def _start(self, resume: bool, init_from: Path | None, fork_data: bool) -> Resumed | None:
+        """Set the starting point; None if it is no checkpoint of this run."""
+        resumed = self.checkpoints.resume(fork_data=fork_data) if resume else None
+        if resumed is not None:
+            state = resumed.state
             self.step = self.saved_step = state.step
             if init_from is not None:
                 self.note("--init-from is not used: the run goes on from its own checkpoint")
             self.counters.update(state.counters, threads=self.threads)
+            self.counters["lanes_reset"] += resumed.lanes_reset
             before = state.counters["threads"]
             if before != self.threads:
                 self.note(
                     f"{self.threads} CPU threads now, {before} before: results may differ in the last bits. "
                     f"Set training.threads={before} for an exact resume."
                 )
-            return True
+            return resumed
         if resume:
             self.note(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the first step")
         if init_from is not None:
-            self.note(f"weights from {load_initial_weights(self.engine, self.config, init_from)}")
-        return False
+            vocabulary = self.source.manifest.vocabulary
+            self.note(f"weights from {load_initial_weights(self.engine, self.config, vocabulary, init_from)}")
+        return None
 
-    def _record_start(self, resumed: bool) -> None:
+    def _record_start(self, resumed: Resumed | None) -> None:
         self.recorder.record(
             "start",
             self.step,
-            resumed=resumed,
+            resumed=resumed is not None,
             world_size=self.mesh.world_size,
             threads=self.threads,
             device=str(self.mesh.device),
+            lanes_reset=self.counters["lanes_reset"],
         )
+        if resumed is not None and resumed.forked:
+            plan = self.reader.plan
+            before = resumed.state.data["plan"]
+            changed = {name: [before[name], value] for name, value in plan.phase().items() if before[name] != value}
+            self.recorder.record(
+                "data_fork", self.step, changed=changed, lanes_reset=resumed.lanes_reset, lanes_new=resumed.lanes_new
+            )
 
     def _train(self) -> None:
         config = self.config
@@ -181,6 +226,7 @@ class Run:
 
     def _one_step(self) -> StepResult:
         started = time.monotonic()
+        self.watchdog.phase("first step" if self.first_step_seconds is None else "step", self.step)
         updates = self.step - self.counters["skips"]
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr_peak, updates + 1, self.config.training.steps)
         batches = self.lanes.micro_batches(self.mesh.on_every_rank(lambda: self.reader.batch(self.step)))
@@ -206,6 +252,7 @@ class Run:
 
     def _save(self) -> bool:
         """Write a checkpoint; a failed one is counted and training goes on."""
+        self.watchdog.phase("save", self.step)
         result = self.checkpoints.save(self.step, dict(self.counters))
         if result.ok:
             self.saved_step = self.step
@@ -225,6 +272,7 @@ class Run:
 
     def _validate(self) -> None:
         started = time.monotonic()
+        self.watchdog.phase("validation", self.step)
         result = self.validation.run(self.engine, lambda: bool(self.stop))
         if result is None:
             self._stop()
@@ -281,6 +329,7 @@ class Run:
             "first_step_seconds": self.first_step_seconds,
             "skips": self.counters["skips"],
             "checkpoint_failures": self.counters["checkpoint_failures"],
+            "lanes_reset": self.counters["lanes_reset"],
             "quarantined_documents": sorted(self.reader.quarantine),
             "world_size": self.mesh.world_size,
             "threads": self.threads,

@@ -37,6 +37,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == signal.SIGUSR1:  # a scheduler's notice, which may come on several ways
+                return
             os._exit(128 + number)
         self.received = signal.Signals(number).name
         # a print could run into a half-done one of the interrupted code

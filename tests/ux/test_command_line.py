@@ -13,10 +13,19 @@ import pytest
 from longspan.trainer import cli
 
 BENCH_OPTIONS = {"--precision", "--peers", "--no-peers", "--repeat", "--profile", "--write-report", "--json"}
+TRAIN_OPTIONS = {"config", "--run-dir", "--resume", "--init-from", "--fork-data", "--set", "--json"}
+LAUNCH_OPTIONS = {"--nproc", "--nodes", "--max-restarts", "--dry-run"}
 SURFACE = {
-    "data build": {"config", "--out", "--set", "--json"},
+    "data build": {"config", "--out", "--processes", "--set", "--json"},
     "data verify": {"folder", "--json"},
-    "train": {"config", "--run-dir", "--resume", "--init-from", "--set", "--json"},
+    "data inspect": {"folder", "--png", "--json"},
+    "data merge": {"out", "folders", "--json"},
+    "data split": {"folder", "--out", "--sources", "--hold-out", "--json"},
+    "train": TRAIN_OPTIONS,
+    "launch local": {*TRAIN_OPTIONS, *LAUNCH_OPTIONS, "--rendezvous", "--run-id"},
+    "launch slurm": {*TRAIN_OPTIONS, *LAUNCH_OPTIONS, "--time", "--sbatch"},
+    "launch ray": {*TRAIN_OPTIONS, *LAUNCH_OPTIONS, "--address"},
+    "launch kubernetes": {*TRAIN_OPTIONS, *LAUNCH_OPTIONS, "--kind", "--image", "--volume-claim"},
     "evaluate": {"checkpoint", "--spec", "--out", "--set", "--json"},
     "evals reconcile": {"runs", "--spec", "--once", "--set", "--json"},
     "export": {"checkpoint", "out", "--overwrite", "--json"},
@@ -48,6 +57,7 @@ SURFACE = {
     "bench block-recurrent": {*BENCH_OPTIONS, "--model", "--rows", "--segment-tokens"},
     "bench window-attention": {*BENCH_OPTIONS, "--rows", "--segment-tokens", "--window-tokens"},
     "bench cross-entropy": {*BENCH_OPTIONS, "--tokens", "--dim", "--vocab-size"},
+    "bench data": {"--corpus", "--tokens", "--repeat", "--peers", "--no-peers", "--write-report", "--json"},
     "doctor": {"--json"},
 }
 

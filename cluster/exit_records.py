@@ -1,0 +1,111 @@
+"""How each rank of a node ended, told to the launcher through files. Imports no torch.
+
+Under torchrun a worker's exit code becomes 1, so a worker writes its own code, message and result into the folder
+that `LONGSPAN_EXIT_RECORDS` names; the launcher reads them (docs/launch.md). Without that variable nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import EXIT_DIVERGENCE, EXIT_FAULT, EXIT_OK, EXIT_REQUEUE, EXIT_USAGE
+
+FOLDER_VARIABLE = "LONGSPAN_EXIT_RECORDS"
+# ends that a restart would only repeat
+FINAL_CODES = (EXIT_OK, EXIT_USAGE, EXIT_DIVERGENCE, EXIT_REQUEUE)
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """How one worker ended.
+
+    Attributes:
+        rank: among all processes. exit_code: of `longspan.errors`. pid: its process.
+        message: what its error said; empty if there was none.
+        result: what the command returned; None if it raised.
+        time: when, in seconds of this host's clock.
+    """
+
+    rank: int
+    exit_code: int
+    pid: int
+    message: str = ""
+    result: dict[str, Any] | None = None
+    time: float = 0.0
+
+
+_noted: dict[str, Any] = {}
+
+
+def note(message: str = "", result: dict[str, Any] | None = None) -> None:
+    """Remember what this process has to say about its end, for the record that is written when it ends."""
+    _noted.update(message=message, result=result)
+
+
+def launcher_listens() -> bool:
+    """Whether a launcher will say what this process notes; it need not say it itself then."""
+    return FOLDER_VARIABLE in os.environ
+
+
+def leave(exit_code: int) -> int:
+    """Write this worker's record, if there is a launcher to read it.
+
+    Args:
+        exit_code: how the worker ends.
+
+    Returns:
+        What the process has to exit with. An end that a restart would repeat is 0 to torchrun, which otherwise
+        restarts; the launcher takes the code from the record.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return exit_code
+    record = ExitRecord(int(os.environ.get("RANK", "0")), exit_code, os.getpid(), time=time.time(), **_noted)
+    _write(Path(folder) / f"exit-{os.getpid()}.json", asdict(record))
+    return EXIT_OK if exit_code in FINAL_CODES else exit_code
+
+
+def arrive() -> None:
+    """Tell the launcher that this process is a worker, so that it gets the launcher's signals."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        (Path(folder) / f"worker-{local_rank}-{time.time_ns()}-{os.getpid()}").touch()
+
+
+def attempts(folder: Path) -> list[set[int]]:
+    """Process ids of all workers that arrived on this node, attempt by attempt: a rank's n-th worker is in the n-th."""
+    arrived: dict[int, list[tuple[int, int]]] = {}
+    for path in folder.glob("worker-*"):
+        local_rank, when, pid = (int(part) for part in path.name.split("-")[1:])
+        arrived.setdefault(local_rank, []).append((when, pid))
+    count = max((len(workers) for workers in arrived.values()), default=0)
+    found: list[set[int]] = [set() for _ in range(count)]
+    for workers in arrived.values():
+        for number, (_, pid) in enumerate(sorted(workers)):
+            found[number].add(pid)
+    return found
+
+
+def records(folder: Path) -> list[ExitRecord]:
+    """All records of this node, earliest first; those of earlier attempts as well."""
+    found = [ExitRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("exit-*.json")]
+    return sorted(found, key=lambda record: record.time)
+
+
+def agreed_code(ends: list[ExitRecord]) -> int:
+    """The exit code of the last attempt: its first end that is not 0; a fault if nobody could say anything."""
+    if not ends:
+        return EXIT_FAULT
+    return next((record.exit_code for record in ends if record.exit_code != EXIT_OK), EXIT_OK)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,178 @@
+"""Before ranks form groups: whether they are of one mind about configuration, code and devices.
+
+Every rank compares itself with rank 0 and puts what it found into the store that the ranks meet in; rank 0 collects
+and everybody reads the verdict, so all ranks end alike, with one message. It costs each rank three small messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longspan.errors import ClusterError, UsageError
+
+_LOG = logging.getLogger("longspan.cluster.preflight")
+_PACKAGES = ("torch", "numpy", "deepspeed", "megatron-core", "triton", "safetensors", "longspan")
+_MOST_LISTED = 20
+_LINGER_SECONDS = 10.0
+
+
+def describe_rank(settings: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What one rank says about itself.
+
+    Args:
+        settings: nested configuration that has to be the same on all ranks, JSON values only.
+        kind: "cpu" or "cuda".
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    problem = None
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        problem = (
+            f"has {torch.cuda.device_count()} GPUs, but process {local_rank + 1} on it needs one of its own; "
+            f"start at most one process a GPU (--nproc {torch.cuda.device_count()})"
+        )
+    return {
+        "host": socket.gethostname(),
+        "kind": kind,
+        "problem": problem,
+        "settings": settings,
+        "versions": versions(),
+    }
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and a digest of Longspan's own source."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for room in ("trainer", "modeling", "data_pipeline", "cluster", "kernels"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    found["longspan's source"] = digest.hexdigest()[:12]
+    return found
+
+
+def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, Any], timeout_seconds: float) -> None:
+    """Compare all ranks; every rank calls it.
+
+    Args:
+        store: where the ranks meet.
+        rank, world_size: this process among them.
+        mine: what `describe_rank` returned here.
+        timeout_seconds: longest wait for the others.
+
+    Raises:
+        UsageError: on all ranks: settings or kinds of device differ (names ranks and fields), or a host has fewer
+            GPUs than processes.
+        ClusterError: some ranks did not come in time; names them on rank 0.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.PrefixStore("longspan-preflight", store)
+    if rank == 0:
+        store.set("reference", json.dumps(mine))
+    reference = json.loads(_wait(store, "reference", timeout))
+    report = {
+        "where": f"rank {rank} on host {mine['host']}",
+        "problem": mine["problem"],
+        "settings": [
+            f"{name}: {ours} there, {theirs} on rank 0"
+            for name, theirs, ours in _differences(
+                {"device": reference["kind"], **reference["settings"]}, {"device": mine["kind"], **mine["settings"]}
+            )
+        ],
+        "versions": [
+            f"{name} {ours} there, {theirs} on rank 0"
+            for name, theirs, ours in _differences(reference["versions"], mine["versions"])
+        ],
+    }
+    store.set(f"report/{rank}", json.dumps(report))
+    if rank == 0:
+        store.set("verdict", json.dumps(_collect(store, world_size, timeout)))
+    # rank 0 itself may use up the whole timeout
+    verdict = json.loads(_wait(store, "verdict", 2 * timeout))
+    store.set(f"read/{rank}", "")
+    if rank == 0 and (verdict["missing"] or verdict["problems"]):
+        with contextlib.suppress(dist.DistError):  # the store ends with this process: first the others read from it
+            present = [other for other in range(world_size) if other not in verdict["missing"]]
+            store.wait([f"read/{other}" for other in present], timedelta(seconds=_LINGER_SECONDS))
+    for line in verdict["warnings"]:
+        _LOG.warning(line)
+    if verdict["missing"]:
+        raise ClusterError(
+            f"rank{'s' if len(verdict['missing']) > 1 else ''} {', '.join(map(str, verdict['missing']))} of "
+            f"{world_size} did not come within {timeout_seconds:.0f} s. Look at their own messages, or wait longer "
+            f"with parallel.timeout_seconds."
+        )
+    if verdict["problems"]:
+        raise UsageError(
+            "the ranks cannot train together:\n  "
+            + "\n  ".join(verdict["problems"])
+            + "\nStart all of them with the same configuration and arguments, on hosts of one kind."
+        )
+
+
+def _collect(store: dist.Store, world_size: int, timeout: timedelta) -> dict[str, list[Any]]:
+    """On rank 0: what is wrong with any rank."""
+    problems, warnings = [], []
+    try:
+        store.wait([f"report/{rank}" for rank in range(world_size)], timeout)
+    except dist.DistError:
+        missing = [rank for rank in range(world_size) if not store.check([f"report/{rank}"])]
+        return {"problems": [], "warnings": [], "missing": missing}
+    for rank in range(world_size):
+        report = json.loads(store.get(f"report/{rank}"))
+        if report["problem"]:
+            problems.append(f"{report['where']} {report['problem']}")
+        problems += [f"{report['where']} differs in {line}" for line in report["settings"]]
+        if report["versions"]:
+            warnings.append(
+                f"{report['where']} runs other versions: {'; '.join(report['versions'])}. "
+                f"Results may differ; install the same on all hosts."
+            )
+    return {"problems": _shortened(problems), "warnings": _shortened(warnings), "missing": []}
+
+
+def _wait(store: dist.Store, key: str, timeout: timedelta) -> bytes:
+    try:
+        store.wait([key], timeout)
+    except dist.DistError as error:
+        raise ClusterError(
+            f"rank 0 said nothing within {timeout.total_seconds():.0f} s. Look at its own message."
+        ) from error
+    return bytes(store.get(key))
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    if len(lines) <= _MOST_LISTED:
+        return lines
+    return [*lines[:_MOST_LISTED], f"and {len(lines) - _MOST_LISTED} more"]
+
+
+def _differences(theirs: Any, ours: Any, where: str = "") -> list[tuple[str, str, str]]:
+    """(dotted field, value of rank 0, value here) of every field that differs."""
+    if isinstance(theirs, list) and isinstance(ours, list):
+        theirs, ours = ({str(index): value for index, value in enumerate(values)} for values in (theirs, ours))
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = [*theirs, *(name for name in ours if name not in theirs)]
+        prefix = f"{where}." if where else ""
+        return [found for name in names for found in _differences(theirs.get(name), ours.get(name), f"{prefix}{name}")]
+    return [] if theirs == ours else [(where, str(theirs), str(ours))]

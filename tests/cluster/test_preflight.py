@@ -1,0 +1,95 @@
+"""Ranks that differ are told so before they form groups: which of them, in what, all with the same message."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from longspan.cluster import preflight
+from longspan.errors import ClusterError, LongspanError, UsageError
+
+
+def rank(**changes: Any) -> dict[str, Any]:
+    settings = {"seed": 0, "data": {"lanes": 4, "sources": [1, 2]}}
+    about = {"host": "one", "kind": "cpu", "problem": None, "settings": settings, "versions": {"torch": "2.13.0"}}
+    return {**about, **changes}
+
+
+def check(*ranks: dict[str, Any] | None, timeout_seconds: float = 10.0) -> list[Exception | None]:
+    """The error of each rank, each in a thread; None among `ranks` is one that does not come."""
+    store, errors = dist.HashStore(), [None] * len(ranks)
+
+    def live(number: int, mine: dict[str, Any]) -> None:
+        try:
+            preflight.check_ranks(store, number, len(ranks), mine, timeout_seconds)
+        except LongspanError as error:
+            errors[number] = error
+
+    threads = [threading.Thread(target=live, args=(n, mine)) for n, mine in enumerate(ranks) if mine is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors
+
+
+def test_equal_ranks_pass() -> None:
+    assert check(rank(), rank(host="two"), rank()) == [None, None, None]
+
+
+def test_other_settings_are_named_with_rank_host_and_field_on_all_ranks() -> None:
+    other = rank(host="two", settings={"seed": 1, "data": {"lanes": 4, "sources": [1, 3], "extra": True}})
+    errors = check(rank(), rank(), other)
+    assert len({str(error) for error in errors}) == 1 and all(isinstance(error, UsageError) for error in errors)
+    text = str(errors[0])
+    assert "rank 2 on host two differs in seed: 1 there, 0 on rank 0" in text
+    assert "data.sources.1: 3 there, 2 on rank 0" in text
+    assert "data.extra: True there, None on rank 0" in text
+    assert "rank 1" not in text
+
+
+def test_kinds_of_device_must_agree() -> None:
+    errors = check(rank(kind="cuda"), rank(host="two"))
+    assert "rank 1 on host two differs in device: cpu there, cuda on rank 0" in str(errors[0])
+
+
+def test_a_host_with_fewer_gpus_than_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    lacking = preflight.describe_rank(rank()["settings"], "cuda")
+    assert lacking["problem"].startswith("has 2 GPUs, but process 3 on it needs one of its own")
+    errors = check(rank(kind="cuda"), rank(kind="cuda", problem=lacking["problem"]))
+    assert all(isinstance(error, UsageError) and "rank 1 on host one has 2 GPUs" in str(error) for error in errors)
+
+
+def test_other_versions_are_a_warning_that_names_rank_and_package(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert check(rank(), rank(versions={"torch": "2.12.0"})) == [None, None]
+    assert "rank 1 on host one runs other versions: torch 2.12.0 there, 2.13.0 on rank 0" in caplog.text
+
+
+def test_a_rank_that_does_not_come_is_named_in_time() -> None:
+    errors = check(rank(), rank(), None, timeout_seconds=1.0)
+    assert all(isinstance(error, ClusterError) for error in errors[:2])
+    assert "rank 2 of 3 did not come within 1 s" in str(errors[0]) == str(errors[1])
+
+
+def test_a_rank_zero_that_does_not_come_is_named_in_time() -> None:
+    errors = check(None, rank(), timeout_seconds=0.5)
+    assert isinstance(errors[1], ClusterError) and "rank 0 said nothing within 0 s" in str(errors[1])
+
+
+def test_many_differences_are_cut_short() -> None:
+    ranks = [rank(settings={"seed": number}) for number in range(30)]
+    text = str(check(*ranks)[7])
+    assert text.count("differs in") == 20 and "more" in text
+
+
+def test_the_source_is_part_of_the_versions() -> None:
+    found = preflight.versions()
+    assert found["torch"] != "not installed" and len(found["longspan's source"]) == 12
