@@ -161,30 +161,54 @@ def _engine_problems(config: RunConfig) -> list[Problem]:
                 "training.precision = bf16 keeps its fp32 master weights in ZeRO 1 to 3. Use zero_stage: 1.",
             )
         )
-    if config.parallel.tp > 1:
-        what = "only 1 is supported so far: use data or context parallelism."
-        problems.append(Problem(f"parallel.tp = {config.parallel.tp}", what))
-    return problems + _context_parallel_problems(config)
+    return [
+        *problems,
+        *_tensor_parallel_problems(config),
+        *_context_parallel_problems(config),
+        *_dropout_problems(config),
+    ]
+
+
+def _tensor_parallel_problems(config: RunConfig) -> list[Problem]:
+    tp = config.parallel.tp
+    problems = [
+        Problem(
+            f"model.{name} = {size}",
+            f"does not divide over parallel.tp = {tp} ranks. Use {-(-size // tp) * tp}, or another parallel.tp.",
+        )
+        for name, size in config.model.indivisible(tp)
+    ]
+    if config.optimizer.name == "adafactor" and tp > 1:
+        problems.append(
+            Problem(
+                f"parallel.tp = {tp}",
+                "optimizer.name = adafactor takes means over whole parameters, of which each rank then has a part. "
+                "Use parallel.tp: 1, or optimizer.name: adamw.",
+            )
+        )
+    return problems
 
 
 def _context_parallel_problems(config: RunConfig) -> list[Problem]:
     cp, segment, quantum = config.parallel.cp, config.data.segment_tokens, config.model.quantum
-    if cp == 1:
+    if cp == 1 or segment % (cp * quantum) == 0:
         return []
-    problems = []
-    if segment % (cp * quantum):
-        problems.append(
-            Problem(
-                f"parallel.cp = {cp}",
-                f"data.segment_tokens = {segment} does not divide into {cp} shares of whole blocks of {quantum} tokens. "
-                f"Use a multiple of {cp * quantum}.",
-            )
+    return [
+        Problem(
+            f"parallel.cp = {cp}",
+            f"data.segment_tokens = {segment} does not divide into {cp} shares of whole blocks of {quantum} tokens. "
+            f"Use a multiple of {cp * quantum}.",
         )
-    if config.model.dropout and any(isinstance(layer, FullAttentionConfig) for layer in config.model.expanded_layers()):
-        problems.append(
-            Problem(
-                f"model.dropout = {config.model.dropout}",
-                "full attention over several ranks has no dropout. Set model.dropout: 0, or parallel.cp: 1.",
-            )
+    ]
+
+
+def _dropout_problems(config: RunConfig) -> list[Problem]:
+    full = any(isinstance(layer, FullAttentionConfig) for layer in config.model.expanded_layers())
+    if not full or not config.model.dropout or config.parallel.cp == config.parallel.tp == 1:
+        return []
+    return [
+        Problem(
+            f"model.dropout = {config.model.dropout}",
+            "full attention over several ranks has no dropout. Set model.dropout: 0, or parallel.cp and tp: 1.",
         )
-    return problems
+    ]

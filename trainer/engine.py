@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from torch import Tensor, nn
 
 from longspan.cluster.mesh import Mesh
 from longspan.data_pipeline.batch import Batch
+from longspan.data_pipeline.vocabulary import EOS
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
+from longspan.kernels.tensor_parallel.shard import TensorShard
 from longspan.modeling.context_parallel import set_sequence_shard, shared_state
 from longspan.modeling.model import LanguageModel
+from longspan.modeling.state import leaves
+from longspan.modeling.tensor_parallel import own_state, partition_of, shard_model, whole_state
 from longspan.trainer.config import RunConfig
 from longspan.trainer.logical_state import OptimizerState, Weights, logical_state
 from longspan.trainer.optimizers import build_optimizer
@@ -44,7 +49,7 @@ class StepResult:
         stop: some rank asked to stop.
         loss: nats per token over all valid tokens, auxiliary losses left out; NaN without any, may be when skipped.
         aux_loss: auxiliary losses per token.
-        bits_per_byte: over tokens that stand for bytes.
+        bits_per_byte: nats of all tokens but eos, over their bytes.
         grad_norm: global norm before clipping.
         num_tokens: valid tokens of all ranks.
     """
@@ -61,25 +66,32 @@ class StepResult:
 class _SummedLoss(nn.Module):
     """The model with its loss: the only output that carries a gradient is the scaled sum."""
 
-    def __init__(self, model: nn.Module, shard: SequenceShard) -> None:
+    def __init__(self, model: nn.Module, shard: SequenceShard, eos: int) -> None:
         super().__init__()
-        self.model, self.shard = model, shard
+        self.model, self.shard, self.eos = model, shard, eos
 
     def forward(self, batch: Batch, state: Any, scale: float | Tensor) -> tuple[Tensor, Any, Tensor]:
-        """Returns (scaled loss, state after the whole segment, float32 [3]: nats, nats of byte tokens, auxiliary)."""
+        """Returns (scaled loss, state after the whole segment, float32 [3]: nats, nats of text, auxiliary)."""
         nll, new_state, aux = self.model(batch.tokens, state, reset=batch.reset, labels=batch.labels)
         nats = nll.sum()
         extra = sum(aux.values(), nats.new_zeros(()))
         with torch.no_grad():
-            sums = torch.stack([nats, (nll * (batch.target_bytes > 0)).sum(), extra])
+            # not those with bytes: of the tokens of one character all but one may have none, and each has its cost
+            sums = torch.stack([nats, (nll * (batch.labels != self.eos)).sum(), extra])
         return (nats + extra) * scale, shared_state(new_state, self.shard), sums
 
 
 class Engine:
     """Steps a model through DeepSpeed; every method must be called by all ranks alike."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
-        """Args: model: on any device, moved to the mesh's; config: optimizer, precision, ZeRO stage, lanes."""
+    def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh, eos: int = EOS) -> None:
+        """
+        Args:
+            model: on any device, moved to the mesh's.
+            config: optimizer, precision, ZeRO stage, lanes.
+            mesh: the ranks.
+            eos: id that ends documents, which is no text.
+        """
         self.model = model
         self.mesh = mesh
         self.stage = config.parallel.zero_stage
@@ -87,15 +99,18 @@ class Engine:
         self.num_micro_batches = config.data.lanes // (mesh.dp_size * config.training.micro_batch_lanes)
         model.to(mesh.device)
         self._parallel = config.parallel
+        self._tensors = TensorShard.of(mesh.tp_group)
+        shard_model(model, self._tensors)
         self._shard = SequenceShard.of(mesh.cp_group, mesh.device)
         self._divide_sequences(self._shard)
         self.optimizer = build_optimizer(model, config.optimizer)
+        self._divided_groups = [group.get("divided", False) for group in self.optimizer.param_groups]
         # its shared-memory collectives would be compiled at the first start; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.stage == 3:
             _gather_by_layer(model)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=_SummedLoss(model, self._shard),
+            model=_SummedLoss(model, self._shard, eos),
             optimizer=self.optimizer,
             mpu=mesh.deepspeed_mpu(),
             dist_init_required=False,
@@ -103,7 +118,7 @@ class Engine:
         )
         # one rank has nobody to average with: leave out flattening and copying all gradients
         self._deepspeed.enable_backward_allreduce = self.stage > 0 or mesh.dp_cp_size > 1
-        self._logical = logical_state(self.stage, model, self.optimizer, self._deepspeed.optimizer)
+        self._logical = logical_state(self.stage, model, self.optimizer, self._deepspeed.optimizer, self._tensors)
 
     def step(
         self, batches: Sequence[Batch], carried: Sequence[Any], lr: float, stop: bool = False
@@ -168,6 +183,18 @@ class Engine:
         """
         self._logical.load(weights, optimizer_state)
 
+    def whole_heads(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Packed carried state with the heads of all tensor-parallel ranks; every rank must call this."""
+        if self._tensors.size == 1:
+            return packed
+        return whole_state(packed, dict(leaves(self.model.state_spec())), self._tensors)
+
+    def own_heads(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's heads of what `whole_heads` returned."""
+        if self._tensors.size == 1:
+            return packed
+        return own_state(packed, dict(leaves(self.model.state_spec())), self._tensors)
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[LanguageModel]:
         """The bare model in evaluation mode on whole sequences, without gradients and with its parameters whole."""
@@ -201,31 +228,44 @@ class Engine:
 
     def _agree(self, sums: Tensor, num_bytes: int, stop: bool) -> list[float]:
         """One sum over the ranks and one wait for the device: loss sums, square gradient norm, votes."""
-        gradients = self._gradients()
-        square = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
+        whole, divided = (_square_norm(gradients, self.mesh.device) for gradients in self._gradients())
+        same = torch.stack([*sums.double(), sums.new_tensor(num_bytes, dtype=torch.float64), whole])
+        same /= self.mesh.tp_size  # every tensor-parallel rank brings them
+        same[-1] += divided
         if self.stage == 0:
-            square = square / self.mesh.dp_cp_size  # every rank holds the whole gradient
-        local = torch.cat([sums.double(), sums.new_tensor([num_bytes], dtype=torch.float64), square.reshape(1)])
-        bad = (~torch.isfinite(local)).any().double().reshape(1)
-        votes = torch.cat([local, bad, sums.new_tensor([float(stop)], dtype=torch.float64)])
-        return self.mesh.sum_over_data(votes).tolist()
+            same[-1] /= self.mesh.dp_cp_size  # every rank holds the averaged gradient
+        bad = (~torch.isfinite(same)).any().double().reshape(1)
+        votes = torch.cat([same, bad, sums.new_tensor([float(stop)], dtype=torch.float64)])
+        return self.mesh.sum_over_all(votes).tolist()
 
     def _count_over_data(self, count: int) -> int:
         if self.mesh.dp_cp_size == 1:
             return count
         return int(self.mesh.sum_over_data(torch.tensor([count], device=self.mesh.device)).item())
 
-    def _gradients(self) -> list[Tensor]:
-        """What this rank holds of the averaged gradient; at stages 1 to 3 the ranks hold disjoint shares."""
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of the averaged gradient; at stages 1 to 3 data-parallel ranks hold disjoint shares.
+
+        Returns:
+            Of parameters that every tensor-parallel rank has whole, and of those of which each has a part.
+        """
+        found: tuple[list[Tensor], list[Tensor]] = [], []
         if self.stage == 0:
-            return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return [part for group in self._deepspeed.optimizer.averaged_gradients.values() for part in group]
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    found[partition_of(parameter) is not None].append(parameter.grad)
+            return found
+        zero = self._deepspeed.optimizer
+        for index, gradients in zero.averaged_gradients.items():
+            group = zero.sub_group_to_group_id[index] if self.stage == 3 else index
+            found[self._divided_groups[group]].extend(gradients)
+        return found
 
     def _update(self, lr: float, grad_norm: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_multiplier", 1.0)
         if self.stage == 0 and 0 < self.clip_norm < grad_norm:
-            torch._foreach_mul_(self._gradients(), self.clip_norm / (grad_norm + 1e-6))
+            torch._foreach_mul_([*chain(*self._gradients())], self.clip_norm / (grad_norm + 1e-6))
         self._deepspeed.step()
 
     def _drop_gradients(self) -> None:
@@ -234,7 +274,7 @@ class Engine:
             self._deepspeed.zero_grad()
             return
         # DeepSpeed alone knows all that must be cleared: make its own overflow check refuse the step
-        gradients = self._gradients()
+        gradients = [*chain(*self._gradients())]
         torch._foreach_mul_(gradients, math.nan)
         self._deepspeed.step()
         # stage 3 reuses these buffers and would keep the NaN in their padding
@@ -257,6 +297,13 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},
             "steps_per_print": None,
         }
+
+
+def _square_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares, fp64, a scalar."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
 
 
 def _gather_by_layer(model: nn.Module) -> None:

@@ -23,21 +23,18 @@ from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from longspan import __version__
-from longspan.data_pipeline.vocabulary import BOS, EOS, PAD
+from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.errors import CheckpointError, UsageError
 from longspan.modeling.hf.configuration_longspan import LongspanConfig
 from longspan.modeling.hf.modeling_longspan import LongspanForCausalLM
 from longspan.modeling.hf.source import CONFIGURATION_FILE, MODELING_FILE, python_files
-from longspan.modeling.hf.tokenizer import byte_tokenizer
 from longspan.trainer.checkpoint import contents
-from longspan.trainer.checkpoint.load import read_config
+from longspan.trainer.checkpoint.load import read_config, read_tokenizer
 from longspan.trainer.checkpoint.verify import checked_manifest, damaged, newest
 from longspan.trainer.config import RunConfig
 from longspan.trainer.export_card import Provenance, newest_result, write_card
+from longspan.trainer.export_tokenizer import EXPORT_MANIFEST, write_tokenizer
 from longspan.trainer.export_weights import MAX_SHARD_BYTES, tensor_sha256, without_padding, write_shards
-
-MANIFEST = "export_manifest.json"
-USED_IDS = PAD + 1
 
 
 def export_checkpoint(
@@ -55,7 +52,8 @@ def export_checkpoint(
         Where it is and what it holds.
 
     Raises:
-        UsageError: `out` exists or cannot be written, or there is no checkpoint.
+        UsageError: `out` exists or cannot be written, there is no checkpoint, or its tokenizer has no Hugging Face
+            form.
         CheckpointError: the checkpoint does not verify, or the export does not load back to equal weights.
     """
     source = newest(checkpoint)
@@ -67,7 +65,8 @@ def export_checkpoint(
         data = contents.read_json(source, manifest, contents.DATA)
     except CheckpointError as error:
         raise damaged(source, [str(error)]) from error
-    tensors, dropped = without_padding(weights, manifest.tied, min(USED_IDS, config.model.vocab_size))
+    tokenizer = read_tokenizer(source)
+    tensors, dropped = without_padding(weights, manifest.tied, used_ids(config, tokenizer))
     provenance = Provenance(
         fingerprint=fingerprint,
         step=manifest.step,
@@ -76,10 +75,12 @@ def export_checkpoint(
         data=data,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         dropped=dropped,
+        tokenizer=tokenizer,
     )
     result = newest_result(source, fingerprint)
     with _published(out) as folder:
-        _write_code_and_config(folder, config)
+        write_tokenizer(source, tokenizer, folder)
+        _write_code_and_config(folder, config, tokenizer)
         entries = write_shards(tensors, folder, max_shard_bytes)
         write_card(folder, config, provenance, result)
         _write_manifest(folder, provenance, entries)
@@ -95,11 +96,25 @@ def export_checkpoint(
     }
 
 
-def hf_config(config: RunConfig) -> LongspanConfig:
+def used_ids(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding that stand for something.
+
+    Raises:
+        UsageError: the model has fewer rows than the tokenizer has ids.
+    """
+    if tokenizer.size > config.model.vocab_size:
+        raise UsageError(
+            f"the checkpoint's model has {config.model.vocab_size} rows for the {tokenizer.size} ids of its tokenizer "
+            f"{tokenizer.name}, so that it cannot have been trained with it. Use another checkpoint."
+        )
+    return tokenizer.size
+
+
+def hf_config(config: RunConfig, tokenizer: Tokenizer) -> LongspanConfig:
     """The configuration of a run's model in its Hugging Face form, padding rows of the vocabulary left out."""
     model = config.model
     exported = LongspanConfig(
-        vocab_size=min(USED_IDS, model.vocab_size),
+        vocab_size=used_ids(config, tokenizer),
         hidden_size=model.dim,
         num_attention_heads=model.num_heads,
         head_dim=model.head_dim,
@@ -109,9 +124,9 @@ def hf_config(config: RunConfig) -> LongspanConfig:
         feedback=model.feedback,
         memory=None if model.memory is None else {"num_tokens": model.memory.num_tokens},
         training_tokens=config.data.segment_tokens,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        bos_token_id=tokenizer.bos,
+        eos_token_id=tokenizer.eos,
+        pad_token_id=tokenizer.pad,
         dtype=torch.float32,
     )
     exported.architectures = [LongspanForCausalLM.__name__]
@@ -173,9 +188,9 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out} exists. Choose another folder, or pass --overwrite to replace an earlier export.")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / EXPORT_MANIFEST).is_file()):
         raise UsageError(
-            f"{out} is not an earlier export (it holds no {MANIFEST}), so --overwrite does not replace it. "
+            f"{out} is not an earlier export (it holds no {EXPORT_MANIFEST}), so --overwrite does not replace it. "
             "Choose another folder."
         )
 
@@ -221,12 +236,12 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _write_code_and_config(folder: Path, config: RunConfig) -> None:
+def _write_code_and_config(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     for name, text in python_files().items():
         (folder / name).write_text(text, encoding="utf-8")
-    hf_config(config).save_pretrained(folder)
-    GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder)
-    byte_tokenizer(BOS, EOS, PAD).save_pretrained(folder)
+    hf_config(config, tokenizer).save_pretrained(folder)
+    specials = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    GenerationConfig(**specials).save_pretrained(folder)
 
 
 def _write_manifest(folder: Path, provenance: Provenance, entries: list[dict[str, Any]]) -> None:
@@ -238,11 +253,12 @@ def _write_manifest(folder: Path, provenance: Provenance, entries: list[dict[str
             "step": provenance.step,
             "fingerprint": provenance.fingerprint,
         },
+        "tokenizer": {name: getattr(provenance.tokenizer, name) for name in ("name", "kind", "size", "digest")},
         "num_parameters": provenance.num_parameters,
         "tensors": entries,
         "dropped": provenance.dropped,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import yaml
 
 from longspan import __version__
 from longspan.data_pipeline.manifest import Manifest
+from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.errors import LongspanError
 from longspan.trainer.config import RunConfig
 from longspan.trainer.evaluation.folders import SUCCESS, read_result, run_of
@@ -33,6 +34,7 @@ class Provenance:
         data: the saved state of the data reader.
         num_parameters: numbers in all exported tensors.
         dropped: what the export leaves out of the checkpoint's weights, and why.
+        tokenizer: of the model.
     """
 
     fingerprint: str
@@ -42,6 +44,7 @@ class Provenance:
     data: dict[str, Any]
     num_parameters: int
     dropped: list[Any]
+    tokenizer: Tokenizer
 
     @property
     def corpus_digest(self) -> str | None:
@@ -72,7 +75,7 @@ def write_card(folder: Path, config: RunConfig, provenance: Provenance, result: 
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["longspan", "custom_code", "long-context", "byte-level"],
+        "tags": ["longspan", "custom_code", "long-context", *(["byte-level"] if _is_bytes(provenance) else [])],
     }
     if result is not None:
         metadata["model-index"] = [{"name": config.name, "results": _index_entries(result)}]
@@ -83,6 +86,7 @@ def write_card(folder: Path, config: RunConfig, provenance: Provenance, result: 
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
     body = _TEMPLATE.format(
         name=config.name,
+        level="A byte-level" if _is_bytes(provenance) else "A",
         facts=_facts(config, provenance),
         curve=_curve_section(result),
         data=_data_section(config, provenance),
@@ -128,10 +132,21 @@ def _facts(config: RunConfig, provenance: Provenance) -> str:
         ("window (block) length", f"{model.window_tokens} tokens"),
         ("training length", f"{config.data.segment_tokens} tokens a segment, state carried from segment to segment"),
         ("trained for", length),
-        ("vocabulary", "bytes: ids 0 to 255, bos 256, eos 257, pad 258"),
+        ("vocabulary", _vocabulary(provenance.tokenizer)),
         ("types", "weights float32; recurrent and matrix states float32 whatever the weights are cast to"),
     ]
     return _table(("what", "value"), rows)
+
+
+def _is_bytes(provenance: Provenance) -> bool:
+    return provenance.tokenizer.kind == "bytes"
+
+
+def _vocabulary(tokenizer: Tokenizer) -> str:
+    specials = f"bos {tokenizer.bos}, eos {tokenizer.eos}, pad {tokenizer.pad}"
+    if tokenizer.kind == "bytes":
+        return f"bytes: ids 0 to 255, {specials}"
+    return f"{tokenizer.name}: {tokenizer.size:,} ids, {specials}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -205,7 +220,7 @@ def _provenance_section(provenance: Provenance) -> str:
 
 _TEMPLATE = """# {name}
 
-A byte-level language model that carries a state through documents of any length, trained with Longspan.
+{level} language model that carries a state through documents of any length, trained with Longspan.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

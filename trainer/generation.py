@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from longspan.data_pipeline.vocabulary import BOS, EOS
+from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.errors import UsageError
 from longspan.modeling.model import LanguageModel
+
+_CONTEXT_IDS = 16  # how a token is written depends on no token further before it than this
+_MOST_HELD_IDS = 64
+_MOST_PENDING = 3  # bytes of a character of four before its last
 
 
 class Decoder(Protocol):
@@ -80,36 +83,51 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
 
 
 def generate(
-    decoder: Decoder, prompt: bytes, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: bytes,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> Iterator[int]:
     """Ids that continue bos and the prompt, one by one; eos ends it and is not given, and so do logits that are NaN or
     infinite: a model that has diverged has nothing to say, and its run ends by itself.
 
     Args:
         decoder: at the start of a document.
-        prompt: its first bytes.
+        tokenizer: of the model.
+        prompt: first bytes of the document.
         max_new_tokens: most ids.
         temperature: divides the logits; 0 takes the likeliest id.
         top_p: draws from the likeliest ids that together have this probability.
         seed: of the draws; equal arguments give equal ids.
+
+    Raises:
+        UsageError: the tokenizer cannot encode the prompt.
     """
     draws = torch.Generator().manual_seed(seed)
-    logits = decoder.read([BOS, *prompt])
+    logits = decoder.read(tokenizer.encode(prompt).ids[:-1].tolist())
     for count in range(max_new_tokens):
         if not logits.isfinite().all():
             return
-        token = choose(logits, temperature, top_p, draws)
-        if token == EOS:
+        token = choose(logits, tokenizer, temperature, top_p, draws)
+        if token == tokenizer.eos:
             return
         yield token
         if count + 1 < max_new_tokens:
             logits = decoder.read([token])
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, draws: torch.Generator) -> int:
+def choose(logits: Tensor, tokenizer: Tokenizer, temperature: float, top_p: float, draws: torch.Generator) -> int:
     """One id from logits [vocabulary]; never bos, pad or a padding row, which end no text."""
-    logits = logits[: EOS + 1].clone()
-    logits[BOS] = -torch.inf
+    never = (tokenizer.bos, tokenizer.pad)
+    size = tokenizer.size
+    while size - 1 in never:
+        size -= 1
+    logits = logits[:size].clone()
+    logits[[special for special in never if special < size]] = -torch.inf
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = torch.softmax(logits.double() / temperature, 0).sort(descending=True, stable=True)
@@ -117,13 +135,33 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: torch.Genera
     return int(ids[torch.multinomial(probabilities * kept, 1, generator=draws)])
 
 
-def as_text(ids: Iterable[int]) -> Iterator[str]:
-    """Bytes as text, as soon as each character is complete; what is no UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+def as_text(ids: Iterable[int], tokenizer: Tokenizer, before: Sequence[int] = ()) -> Iterator[str]:
+    """Ids as text, as soon as each character is complete; what is no UTF-8 becomes U+FFFD.
+
+    Args:
+        ids: to decode.
+        tokenizer: of these ids.
+        before: ids that come before them and are not given: whether a token begins with a space may depend on them.
+    """
+    held = list(before)[-_CONTEXT_IDS:]
+    shown = len(_complete(tokenizer.decode(held)))
     for token in ids:
-        piece = decoder.decode(bytes([token]))
-        if piece:
-            yield piece
-    rest = decoder.decode(b"", final=True)
+        held.append(token)
+        whole = tokenizer.decode(held)
+        text = _complete(whole)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+        if len(held) > _MOST_HELD_IDS and text == whole:  # long texts would be decoded over and over
+            held = held[-_CONTEXT_IDS:]
+            shown = len(_complete(tokenizer.decode(held)))
+    rest = tokenizer.decode(held)[shown:]
     if rest:
         yield rest
+
+
+def _complete(text: str) -> str:
+    """`text` without the replacement characters at its end that may still become one character of up to four bytes."""
+    for _ in range(_MOST_PENDING):
+        text = text.removesuffix("\ufffd")
+    return text

@@ -29,9 +29,7 @@ class Lanes:
         self._engine = engine
         self._size = micro_batch_lanes
         self._started: list[Tensor] = []
-        with engine.evaluating() as model:
-            fresh = [model.init_state(micro_batch_lanes, engine.mesh.device) for _ in range(engine.num_micro_batches)]
-        self.carried: list[State] = [states.detach(state) for state in fresh]
+        self.carried = self._initial()
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's share of the rows of `batch` that each micro-batch runs, on the mesh's device."""
@@ -65,14 +63,28 @@ class Lanes:
             return pieces[0]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def restore(self, packed: dict[str, Tensor]) -> None:
-        """Put back what `packed` returned for these lanes, on any number of ranks and micro-batches.
+    def restore(self, packed: dict[str, Tensor], rows: Sequence[int]) -> None:
+        """Put back what `packed` returned, on any number of ranks and micro-batches. Every rank must call this.
 
         Caches are in the compute dtype, which may be another one now: every tensor takes the dtype of this model's.
+
+        Args:
+            packed: name -> [n, ...], of this rank's first n lanes.
+            rows: those of them to put back; all other lanes go to their initial state.
         """
-        like = states.pack(self.carried[0])
-        typed = {name: tensor.to(like[name].device, like[name].dtype) for name, tensor in packed.items()}
+        self.carried = self._initial()
+        typed = {name: tensor.clone() for name, tensor in self.packed().items()}
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        for name, tensor in typed.items() if rows else ():
+            tensor[chosen.to(tensor.device)] = packed[name][chosen].to(tensor.device, tensor.dtype)
         self.carried = [
             states.unpack({name: tensor[i * self._size : (i + 1) * self._size] for name, tensor in typed.items()})
             for i in range(len(self.carried))
         ]
+
+    def _initial(self) -> list[State]:
+        """Of every micro-batch, the state at the start of a document, as the weights are now."""
+        engine = self._engine
+        with engine.evaluating() as model:
+            fresh = [model.init_state(self._size, engine.mesh.device) for _ in range(engine.num_micro_batches)]
+        return [states.detach(state) for state in fresh]

@@ -1,7 +1,8 @@
 """RUN/log.jsonl: one JSON object a line, flushed at once, in order of steps.
 
 Kinds: `start` (a process begins or resumes), `step` (one optimizer step, skipped ones included), `validation`,
-`checkpoint`, `checkpoint_failure`, `end`. Every record has `kind`, `step` and `time` (unix seconds).
+`checkpoint`, `checkpoint_failure`, `data_fork` (other data settings from here on), `end`. Every record has `kind`,
+`step` and `time` (unix seconds).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 DeepSpeed keeps them in three ways: stage 0 leaves parameters and optimizer alone; stages 1 and 2 give the optimizer
 one flat float32 tensor a group and rank; stage 3 shards the parameters themselves. Each class here reads and writes
-one way, so that what is read at one stage and number of ranks can be written at any other. No import of deepspeed:
-all of it goes through the methods and attributes that its optimizers put on the parameters.
+one way, so that what is read at one stage and number of ranks can be written at any other. Where tensor-parallel ranks
+each have a part of a parameter, the parts are put together in front of all that, and taken behind it. No import of
+deepspeed: all of it goes through the methods and attributes that its optimizers put on the parameters.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import UsageError
+from longspan.kernels.tensor_parallel.shard import WHOLE, TensorShard
+from longspan.modeling.tensor_parallel import partition_of
 
 Weights = dict[str, Tensor]
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -23,15 +26,23 @@ OptimizerState = dict[str, dict[str, Tensor]]
 class ReplicatedState:
     """ZeRO 0: every rank holds all parameters, and the optimizer keeps its state under them."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> None:
-        """Args: model; optimizer: torch's; zero: DeepSpeed's optimizer around it (the same one at stage 0)."""
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Any, shard: TensorShard = WHOLE
+    ) -> None:
+        """
+        Args:
+            model: its parameters.
+            optimizer: torch's. zero: DeepSpeed's around it (the same one at stage 0).
+            shard: this rank's place among those that divide the parameters.
+        """
         self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer
         self.zero = zero
+        self.shard = shard
 
     def weights(self) -> Weights:
         """A float32 copy on the CPU of every parameter. Every rank must call this."""
-        return {name: _snapshot(self.full_weight(parameter)) for name, parameter in self.parameters.items()}
+        return {name: self._snapshot(p, self.full_weight(p)) for name, p in self.parameters.items()}
 
     def optimizer_state(self) -> OptimizerState:
         """A copy on the CPU of every parameter's optimizer state; scalars such as `step` are 0-d tensors.
@@ -41,7 +52,9 @@ class ReplicatedState:
         self.prepare()
         states = {name: self.full_state(parameter) for name, parameter in self.parameters.items()}
         return {
-            name: {key: _snapshot(value) for key, value in state.items()} for name, state in states.items() if state
+            name: {key: self._snapshot(self.parameters[name], value) for key, value in state.items()}
+            for name, state in states.items()
+            if state
         }
 
     @torch.no_grad()
@@ -53,14 +66,14 @@ class ReplicatedState:
         """
         self._check(weights, optimizer_state)
         for name, parameter in self.parameters.items():
-            self.set_weight(parameter, weights[name].to(parameter.device))
+            self.set_weight(parameter, self._own(parameter, weights[name].to(parameter.device)))
         if not optimizer_state:
             return
         self.create_state()
         self.prepare()
         for name, parameter in self.parameters.items():
             for key, value in optimizer_state.get(name, {}).items():
-                self.set_state(parameter, key, value)
+                self.set_state(parameter, key, self._own(parameter, value))
 
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter, float32 where a float32 master is kept."""
@@ -104,11 +117,25 @@ class ReplicatedState:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    def _snapshot(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A copy on the CPU in float32 of a weight or an entry of its optimizer state, whole."""
+        partition = partition_of(parameter)
+        if partition is not None and value.ndim:
+            value = partition.whole(value.to(parameter.device), self.shard)
+        return value.detach().to(device="cpu", dtype=torch.float32, copy=True)
+
+    def _own(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole weight or entry of its optimizer state."""
+        partition = partition_of(parameter)
+        return value if partition is None or not value.ndim else partition.part(value, self.shard)
+
     def _check(self, weights: Weights, optimizer_state: OptimizerState | None) -> None:
         problems = [f"{name}: not given" for name in self.parameters if name not in weights]
         problems += [f"{name}: not in this model" for name in weights if name not in self.parameters]
         for name, parameter in self.parameters.items():
             wanted = list(getattr(parameter, "ds_shape", parameter.shape))
+            if (partition := partition_of(parameter)) is not None:
+                wanted[partition.dim] *= self.shard.size
             if name in weights and list(weights[name].shape) != wanted:
                 problems.append(f"{name}: shape {list(weights[name].shape)}, this model has {wanted}")
         problems += [f"{name}: optimizer state only" for name in optimizer_state or {} if name not in self.parameters]
@@ -217,11 +244,9 @@ class PartitionedState(ReplicatedState):
         return self.zero.fp32_partitioned_groups_flat[group]
 
 
-def logical_state(stage: int, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> ReplicatedState:
+def logical_state(
+    stage: int, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Any, shard: TensorShard = WHOLE
+) -> ReplicatedState:
     """The reader and writer for a ZeRO stage."""
     kinds = {0: ReplicatedState, 1: FlatState, 2: FlatState, 3: PartitionedState}
-    return kinds[stage](model, optimizer, zero)
-
-
-def _snapshot(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True)
+    return kinds[stage](model, optimizer, zero, shard)

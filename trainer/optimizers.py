@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ShapeError
+from longspan.modeling.tensor_parallel import partition_of
 from longspan.trainer.config import OptimizerConfig
 
 MIN_FACTORED_DIM = 128
@@ -33,6 +34,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, gain_lr_multiplier: 
 
     Attention over normalised queries and keys starts nearly flat, and its scales, tables and the gates' biases are
     few, so each must move far: their group carries `lr_multiplier`, which the engine applies to every step's rate.
+
+    Of a model that is divided over tensor-parallel ranks the whole parameters are in groups apart from the divided ones
+    (`divided: True`), so that a gradient which ZeRO has flattened by group still says to which of them it belongs.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -47,7 +51,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, gain_lr_multiplier: 
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
         {"name": "gains", "params": gains, "weight_decay": 0.0, "lr_multiplier": gain_lr_multiplier},
     ]
-    return [group for group in groups if group["params"]]
+    return [part for group in groups for part in _by_division(group) if part["params"]]
+
+
+def _by_division(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group's parameters that each rank has whole, and those of which it has a part."""
+    divided = {id(parameter) for parameter in group["params"] if partition_of(parameter) is not None}
+    whole = [parameter for parameter in group["params"] if id(parameter) not in divided]
+    parts = [parameter for parameter in group["params"] if id(parameter) in divided]
+    return [group | {"params": whole}, group | {"name": f"{group['name']} divided", "params": parts, "divided": True}]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -160,11 +160,13 @@ def data(record: RunRecord) -> str:
                 text(origin.get("licence", "")),
             ]
         )
+    vocabulary: Entry = manifest.get("vocabulary") or {}
     head = ["source", "split", "documents", "size", "origin", "licence"]
     facts = [
         ["corpus digest", digest(manifest.get("digest", "unknown"))],
         ["shards", text(f"{len(manifest.get('shards', []))} in {_section(record, 'data').get('shards')}")],
-        ["vocabulary digest", digest((manifest.get("vocabulary") or {}).get("digest", "unknown"))],
+        ["tokenizer", text(f"{vocabulary.get('name', 'unknown')}, {short(number(vocabulary, 'size'))} ids")],
+        ["tokenizer digest", digest(vocabulary.get("digest", "unknown"))],
     ]
     return section("Data", table(head, rows, (2, 3)), table(["fact", "value"], facts))
 

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import yaml
 
+from longspan.data_pipeline.entries import VocabularyEntry
 from longspan.errors import UsageError
 from longspan.trainer.checkpoint.contents import RunState
 from longspan.trainer.checkpoint.load import load_model
 from longspan.trainer.config import RunConfig
+from longspan.trainer.corpus_tokenizer import check_tokenizer
 from longspan.trainer.engine import Engine
 
 # neither changes what the weights mean
@@ -58,11 +60,19 @@ def check_resumable(config: RunConfig, state: RunState, checkpoint: Path) -> lis
     return [line for where, line in differences(saved, now)]
 
 
-def load_initial_weights(engine: Engine, config: RunConfig, init_from: Path) -> Path:
+def keeps_generators(config: RunConfig, state: RunState) -> bool:
+    """Whether a rank may go on with the random numbers that the rank of its number drew: ranks that share lanes draw
+    alike, so other sizes of the mesh put together ranks that did not."""
+    saved = (yaml.safe_load(state.config_yaml) or {}).get("parallel", {})
+    return all(saved.get(axis, 1) == getattr(config.parallel, axis) for axis in ("tp", "cp"))
+
+
+def load_initial_weights(engine: Engine, config: RunConfig, vocabulary: VocabularyEntry, init_from: Path) -> Path:
     """Set the weights of another run's checkpoint; returns the checkpoint's folder.
 
     Raises:
-        UsageError: its model is not this one's; lists what differs.
+        UsageError: its model is not this one's (lists what differs), or its tokenizer not that of the shards, whose
+            `vocabulary` is given.
         CheckpointError: it does not verify.
     """
     loaded = load_model(init_from)
@@ -74,6 +84,7 @@ def load_initial_weights(engine: Engine, config: RunConfig, init_from: Path) -> 
             + "\n  ".join(lines)
             + "\nUse that run's model configuration, or start without --init-from."
         )
+    check_tokenizer(loaded.tokenizer_digest, vocabulary, str(loaded.path), config.data.shards)
     engine.load({name: parameter.detach() for name, parameter in loaded.model.named_parameters()})
     return loaded.path
 

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longspan.data_pipeline.reader import LaneReader
 from longspan.trainer import recipes
 from longspan.trainer.checkpoint import rng
-from longspan.trainer.checkpoint.contents import RunState
+from longspan.trainer.checkpoint.contents import Place, RunState
 from longspan.trainer.checkpoint.store import CheckpointStore, SaveResult
 from longspan.trainer.config import RunConfig
+from longspan.trainer.corpus_tokenizer import check_tokenizer, tokenizer_files
+from longspan.trainer.data_source import DataSource
 from longspan.trainer.engine import Engine
 from longspan.trainer.lanes import Lanes
-from longspan.trainer.restore import check_resumable, seed_everything
+from longspan.trainer.restore import check_resumable, keeps_generators, seed_everything
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run put back.
+
+    Attributes:
+        state: what the checkpoint holds. forked: the data plan goes on with other settings than before.
+        lanes_reset: lanes of all ranks whose carried state belonged elsewhere, so that they start in the initial
+            state. lanes_new: those for which there was none.
+    """
+
+    state: RunState
+    forked: bool
+    lanes_reset: int
+    lanes_new: int
 
 
 class Checkpoints:
-    """Saves and restores engine, lanes, data position and random generators; all ranks call it together."""
+    """Saves and restores engine, lanes, data position and random generators; all ranks call it together.
+
+    Attributes:
+        reader: of this rank's lanes; another one after a resume with another data plan.
+    """
 
     def __init__(
         self,
@@ -26,11 +49,13 @@ class Checkpoints:
         root: Path,
         engine: Engine,
         lanes: Lanes,
-        reader: LaneReader,
+        source: DataSource,
         note: Callable[[str], None],
     ) -> None:
         """Args: root: RUN/checkpoints; note: takes messages for the person at the terminal."""
-        self._config, self._engine, self._lanes, self._reader, self._note = config, engine, lanes, reader, note
+        self._config, self._engine, self._lanes, self._source, self._note = config, engine, lanes, source, note
+        self._tokenizer = tokenizer_files(source.manifest)
+        self.reader = self._open_reader()
         self._store = CheckpointStore(
             root,
             rank=engine.mesh.rank,
@@ -44,25 +69,32 @@ class Checkpoints:
     def save(self, step: int, counters: dict[str, Any]) -> SaveResult:
         """Write everything that the run needs to go on after `step`; a disk error is in the result, not raised."""
         # each rank meets only the bad documents of its own lanes; rank 0 saves, so that a resume knows all of them
-        for quarantine in self._engine.mesh.gather(self._reader.quarantine):
-            self._reader.adopt_quarantine(quarantine)
+        for quarantine in self._engine.mesh.gather(self.reader.quarantine):
+            self.reader.adopt_quarantine(quarantine)
+        data = self.reader.state(step)
+        lanes = self._engine.whole_heads(self._lanes.packed())
         return self._store.save(
             RunState(
                 step=step,
                 weights=self._engine.weights(),
                 optimizer=self._engine.optimizer_state(),
-                lanes=self._lanes.packed() if self._engine.mesh.cp_rank == 0 else None,  # the same on all of cp
+                lanes=lanes if self._engine.mesh.speaks_for_lanes else None,
                 lane_start=self._lanes.start,
                 lane_stop=self._lanes.stop,
-                data=self._reader.state(step),
+                data=data,
                 rng=rng.capture(),
                 counters=counters,
                 config_yaml=recipes.dump(self._config),
+                places=places_of(data)[self._lanes.start : self._lanes.stop],
+                tokenizer=self._tokenizer,
             )
         )
 
-    def resume(self) -> RunState | None:
+    def resume(self, *, fork_data: bool) -> Resumed | None:
         """Put the run back to its newest checkpoint that verifies; None if there is no checkpoint.
+
+        Args:
+            fork_data: go on with the data settings of now where they differ from the checkpoint's.
 
         Raises:
             UsageError: the checkpoint does not fit the configuration or the corpus.
@@ -72,19 +104,59 @@ class Checkpoints:
         if found is None:
             return None
         state, folder = found
+        vocabulary = self._source.manifest.vocabulary
+        trained = state.data.get("plan", {}).get("vocabulary_digest", vocabulary.digest)
+        check_tokenizer(trained, vocabulary, str(folder), self._config.data.shards)
         changed = check_resumable(self._config, state, folder)
-        self._reader.check_state(state.data)
+        forked = self._resume_data(state, fork_data)
         self._engine.load(state.weights, state.optimizer)
-        if state.lanes is not None:
-            self._lanes.restore(state.lanes)
-        if state.rng:
+        num_reset, num_new = self._resume_lanes(state)
+        if state.rng and keeps_generators(self._config, state):
             rng.restore(state.rng)
-        else:  # written by fewer ranks
+        else:
             seed_everything(self._config.seed, self._engine.mesh.dp_rank + 1, state.step)
         self._note(f"resuming from {folder} at step {state.step}")
         for line in changed:
             self._note(f"changed since: {line}")
-        return state
+        if forked:
+            self._note(f"the data plan is forked at step {state.step}: it goes on with the settings of now")
+        if num_reset:
+            self._note(
+                f"{num_reset} of {self._config.data.lanes} lanes start in the initial state: what they carried "
+                f"belongs to another document or place"
+            )
+        return Resumed(state, forked, num_reset, num_new)
+
+    def _open_reader(self) -> LaneReader:
+        return self._source.lane_reader(self._lanes.start, self._lanes.stop, self._config.data.prefetch_steps)
+
+    def _resume_data(self, state: RunState, fork_data: bool) -> bool:
+        """Go on with the saved plan, or a fork of it; whether it is a new fork."""
+        wanted = self._source.plan
+        self._source = self._source.resumed(state.data, allow_fork=fork_data)
+        if self._source.plan is not wanted:
+            self.reader = self._open_reader()
+        forked = self._source.plan.description() != state.data["plan"]
+        if forked and self._source.plan.first_step == state.step:
+            self.reader.adopt_quarantine(dict(state.data["quarantine"]))
+            return True
+        self.reader.check_state(state.data)
+        return False
+
+    def _resume_lanes(self, state: RunState) -> tuple[int, int]:
+        """Put back the carried states that belong to what the lanes read next.
+
+        Returns:
+            Lanes of all ranks whose state belongs elsewhere, and those that the checkpoint has no state of.
+        """
+        lanes, mesh = self._lanes, self._engine.mesh
+        due = places_of(self.reader.state(state.step))[lanes.start : lanes.stop]
+        # a lane without a document may carry anything: what starts there next resets it
+        rows = [row for row, place in enumerate(state.places) if place is not None and place == due[row]]
+        lanes.restore(self._engine.own_heads(state.lanes or {}), rows)
+        counts = (len(state.places) - len(rows), len(due) - len(state.places))
+        of_groups = [found for speaks, found in mesh.gather((mesh.speaks_for_lanes, counts)) if speaks]
+        return sum(reset for reset, _ in of_groups), sum(new for _, new in of_groups)
 
     def newest(self) -> Path | None:
         """The newest published checkpoint."""
@@ -95,3 +167,8 @@ class Checkpoints:
         """A sentence that names the newest published checkpoint."""
         newest = self.newest()
         return f"The last good checkpoint is {newest}." if newest else "No checkpoint has been saved."
+
+
+def places_of(data: Mapping[str, Any]) -> list[Place]:
+    """What each lane of a data state goes on with: (document id, token), or None."""
+    return [None if lane is None else (lane["doc_id"], lane["offset"]) for lane in data["lanes"]]

@@ -13,7 +13,8 @@ import torch
 from longspan.cluster.mesh import Mesh
 from longspan.data_pipeline.documents import DocumentReader
 from longspan.data_pipeline.manifest import DocumentEntry
-from longspan.data_pipeline.vocabulary import NO_LABEL, PAD, ByteVocabulary
+from longspan.data_pipeline.tokenization.base import Tokenizer
+from longspan.data_pipeline.vocabulary import NO_LABEL
 from longspan.errors import DataError
 from longspan.modeling import state as states
 from longspan.trainer.config import RunConfig
@@ -30,8 +31,8 @@ class ValidationResult:
     """What one validation found, the same on all ranks but for the sample.
 
     Attributes:
-        loss: nats per token, exact over all scored tokens. bits_per_byte: over those that stand for bytes. Both NaN
-            if there is nothing to score.
+        loss: nats per token, exact over all scored tokens. bits_per_byte: nats of all of them but eos, over their
+            bytes. Both NaN if there is nothing to score.
         num_bytes: scored bytes. num_bad_documents: documents that could not be read and were left out.
         sample: text that the model continued the prompt with, on rank 0; None if not asked for.
     """
@@ -56,17 +57,27 @@ class ValidationResult:
 class Validation:
     """The first `max_document_tokens` of each held-out document, each token scored once."""
 
-    def __init__(self, config: RunConfig, entries: list[DocumentEntry], documents: DocumentReader, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        entries: list[DocumentEntry],
+        documents: DocumentReader,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+    ) -> None:
         """
         Args:
             config: segment length, quantum, limit per document, sample; a rank runs as many documents at once as
                 lanes in a micro-batch.
             entries: held-out documents; documents: reads them.
+            tokenizer: of the corpus, for the sample; None without one.
             mesh: ranks that share the work.
         """
         self._settings = config.validation
         self._seed = config.seed
         self._documents = documents
+        self._tokenizer = tokenizer
+        self._vocabulary = documents.manifest.vocabulary
         self._mesh = mesh
         self._length = config.data.segment_tokens
         self._quantum = config.model.quantum
@@ -98,7 +109,7 @@ class Validation:
                     rows, state = active, states.index_select(state, torch.arange(active))
                 tokens, labels, reset, target_bytes = (part.to(device) for part in self._batch(index, active))
                 nll, state, _ = model(tokens, state, reset=reset, labels=labels)
-                nats += torch.stack([nll.sum(), (nll * (target_bytes > 0)).sum()])
+                nats += torch.stack([nll.sum(), (nll * (labels != self._vocabulary.eos)).sum()])
                 counts += torch.stack([(labels != NO_LABEL).sum(), target_bytes.sum()])
         bad = counts.new_tensor([len(self._bad)])
         sums = self._mesh.sum_over_data(torch.cat([nats, counts, bad])).tolist()
@@ -112,48 +123,52 @@ class Validation:
         )
 
     def _sample(self, engine: Engine) -> str | None:
-        settings = self._settings
-        # with sharded parameters every rank must take part
-        if not settings.sample_tokens or (self._mesh.rank and engine.stage < 3):
+        settings, tokenizer = self._settings, self._tokenizer
+        # of the ranks that have a model together, and with sharded parameters of all, each must take part
+        if tokenizer is None or (self._mesh.rank >= self._mesh.tp_size and engine.stage < 3):
             return None
         with engine.evaluating() as model:
+            prompt = settings.sample_prompt.encode()
             ids = generate(
                 NativeDecoder(model, self._mesh.device),
-                settings.sample_prompt.encode(),
+                tokenizer,
+                prompt,
                 max_new_tokens=settings.sample_tokens,
                 temperature=_SAMPLE_TEMPERATURE,
                 top_p=1.0,
                 seed=self._seed,  # a generator of its own: sampling never changes a training run
             )
-            return "".join(as_text(ids))
+            return "".join(as_text(ids, tokenizer, tokenizer.encode(prompt).ids[:-1].tolist()))
 
     def _tokens_of(self, entry: DocumentEntry) -> int:
         return min(entry.num_tokens, self._limit)
 
     def _batch(self, index: int, rows: int) -> tuple[torch.Tensor, ...]:
         """Tokens, labels [rows, T], reset [rows, T/Q] and target bytes [rows, T] of the index-th segments."""
-        tokens = np.full((rows, self._length), PAD, dtype=np.int64)
+        tokens = np.full((rows, self._length), self._vocabulary.pad, dtype=np.int64)
         labels = np.full((rows, self._length), NO_LABEL, dtype=np.int64)
+        target_bytes = np.zeros((rows, self._length), dtype=np.int32)
         reset = np.zeros((rows, self._length // self._quantum), dtype=bool)
         for row, segments in enumerate(self._rows[:rows]):
             if index < len(segments):
                 entry, start = segments[index]
                 reset[row, 0] = start == 0
-                ids = self._read(entry, start)
+                ids, num_bytes = self._read(entry, start)
                 tokens[row, : len(ids) - 1] = ids[:-1]
                 labels[row, : len(ids) - 1] = ids[1:]
-        target_bytes = ByteVocabulary.target_bytes(labels)
+                target_bytes[row, : len(ids) - 1] = num_bytes[1:]
         return tuple(torch.from_numpy(array) for array in (tokens, labels, reset, target_bytes))
 
-    def _read(self, entry: DocumentEntry, start: int) -> np.ndarray:
-        """The segment's tokens and the one after them; a single pad for a document that cannot be read."""
+    def _read(self, entry: DocumentEntry, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """The segment's tokens and the one after them, and their bytes; one pad for a document that cannot be read."""
         if entry.id not in self._bad:
             try:
                 stop = min(start + self._length + 1, self._tokens_of(entry))
-                return self._documents.token_range(entry, start, stop)
+                ids = self._documents.token_range(entry, start, stop)
+                return ids, self._documents.target_bytes_range(entry, start, stop)
             except DataError:
                 self._bad.add(entry.id)
-        return np.array([PAD])
+        return np.array([self._vocabulary.pad]), np.zeros(1, dtype=np.int32)
 
 
 def assign_rows(items: list[tuple[DocumentEntry, int]], max_rows: int) -> list[list[tuple[DocumentEntry, int]]]:

@@ -63,7 +63,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple
     return (json.loads(captured.out.splitlines()[-1]) if "--json" in words else {}), captured.out
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_object_is_complete(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     result, out = run(capsys, name, *SMALL[name], "--json")
     assert len(out.splitlines()) == 1

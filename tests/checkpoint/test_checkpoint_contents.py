@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_states import assert_same_state, assert_same_tensors, saved, tiny_state
 
-from longspan.errors import UsageError
+from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint import contents
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.checkpoint.verify import fingerprint, verify
@@ -97,9 +97,31 @@ def test_any_range_of_lanes_can_be_read(tmp_path: Path, start: int, stop: int) -
     assert_same_tensors(loaded.lanes, {name: tensor[start:stop] for name, tensor in whole.items()})
 
 
-def test_more_lanes_than_saved_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"lanes 2\.\.5 is wanted, the checkpoint has 0\.\.3.*data\.lanes"):
-        saved(tmp_path, 9).load_newest(2, 6)
+def test_of_more_lanes_than_saved_those_that_are_there_are_read(tmp_path: Path) -> None:
+    loaded, _ = saved(tmp_path, 9).load_newest(2, 6)
+    assert (loaded.lane_start, loaded.lane_stop) == (2, 4)
+    assert_same_tensors(loaded.lanes, {name: tensor[2:] for name, tensor in tiny_state(9).lanes.items()})
+    assert saved(tmp_path, 9).load_newest(4, 6)[0].lanes is None
+
+
+def test_what_each_lane_goes_on_with_is_kept_beside_its_state(tmp_path: Path) -> None:
+    state = tiny_state(9)
+    state.places = [("s/a", 64), None, ("s/b", 0), ("s/é", 7)]
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert store.save(state).ok
+    assert store.load_newest(0, 4)[0].places == state.places
+    assert store.load_newest(2, 9)[0].places == state.places[2:]
+
+
+def test_a_tokenizer_is_kept_and_verified_like_the_rest(tmp_path: Path) -> None:
+    state = tiny_state(9)
+    state.tokenizer = {"description.json": b"{}", "tokenizer.model": b"\0\1\2" * 99}
+    store = CheckpointStore(tmp_path / "checkpoints", warn=lambda message: None)
+    path = store.save(state).path
+    assert store.load_newest(0, 4)[0].tokenizer == state.tokenizer
+    (path / "tokenizer" / "tokenizer.model").write_bytes(b"\0\1\3" * 99)
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.model"):
+        store.load_newest(0, 4)
 
 
 def test_wrong_number_of_lanes_is_refused_when_saving(tmp_path: Path) -> None:
@@ -140,7 +162,7 @@ def test_no_file_is_a_pickle_or_an_archive(tmp_path: Path) -> None:
             if path.suffix == ".safetensors":
                 header = int.from_bytes(content[:8], "little")
                 described = json.loads(content[8 : 8 + header])
-                end = max(entry["data_offsets"][1] for entry in described.values())
+                end = max(entry["data_offsets"][1] for name, entry in described.items() if name != "__metadata__")
                 assert 8 + header + end == len(content), f"{path} holds bytes that no tensor owns"
 
 

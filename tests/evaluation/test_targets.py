@@ -11,7 +11,7 @@ import pytest
 
 from longspan.errors import UsageError
 from longspan.trainer.evaluation.spec import EvaluationSpec
-from longspan.trainer.evaluation.targets import chunks, mask_digest, select, token_ranges, window_start
+from longspan.trainer.evaluation.targets import chunks, head_tokens, mask_digest, select, token_ranges, window_start
 
 SPEC = EvaluationSpec(
     name="test", context_tokens=(64, 500), spans_per_document=3, span_bytes=100, stride_tokens=32, modes=("carried",)
@@ -76,6 +76,25 @@ def test_sources_and_number_of_documents() -> None:
 def test_a_target_token_lies_fully_inside_its_span() -> None:
     token_bytes = np.array([0, 2, 3, 1, 4, 2, 0])  # starts at 0, 0, 2, 5, 6, 10, 12
     assert token_ranges(token_bytes, [(2, 10), (1, 9), (7, 9), (0, 12)]) == [(2, 5), (2, 4), (0, 0), (1, 6)]
+
+
+def test_tokens_without_bytes_at_the_edges_are_scored_too() -> None:
+    # bos; a character as 0 0 3 bytes, one as 2 0, two letters, one as 3 0 0; eos
+    token_bytes = np.array([0, 0, 0, 3, 2, 0, 1, 1, 3, 0, 0, 0])
+    assert token_ranges(token_bytes, [(0, 3), (3, 5), (5, 7), (7, 10), (0, 10)]) == [
+        (1, 4),
+        (4, 6),
+        (5, 8),
+        (8, 11),
+        (1, 11),
+    ]
+
+
+def test_the_head_ends_where_its_bytes_do() -> None:
+    token_bytes = np.array([0, 2, 3, 1, 0])
+    assert [head_tokens(token_bytes, head) for head in (1, 2, 4, 5, 6, 7, None)] == [1, 2, 2, 3, 4, 5, 5]
+    one_byte_each = np.array([0, 1, 1, 1, 0])
+    assert [head_tokens(one_byte_each, head) for head in (1, 2, 3, 4)] == [2, 3, 4, 5]
 
 
 def test_windows_start_on_the_grid_with_enough_context() -> None:

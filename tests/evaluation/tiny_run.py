@@ -68,8 +68,10 @@ def model(run: RunConfig, seed: int = 0) -> LanguageModel:
     return built
 
 
-def run_directory(folder: Path, run: RunConfig, steps: tuple[int, ...] = (1,)) -> Path:
-    """RUN with a checkpoint of other random weights at each step."""
+def run_directory(
+    folder: Path, run: RunConfig, steps: tuple[int, ...] = (1,), tokenizer: dict[str, bytes] | None = None
+) -> Path:
+    """RUN with a checkpoint of other random weights at each step, and with the files of a tokenizer."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(recipes.dump(run), encoding="utf-8")
     store = CheckpointStore(folder / "checkpoints", keep_last=len(steps))
@@ -77,7 +79,7 @@ def run_directory(folder: Path, run: RunConfig, steps: tuple[int, ...] = (1,)) -
         weights = {name: tensor.detach() for name, tensor in model(run, seed=step).named_parameters()}
         state = RunState(
             step=step, weights=weights, optimizer={}, lanes={}, lane_start=0, lane_stop=2,
-            data={}, rng={}, counters={}, config_yaml=recipes.dump(run),
+            data={}, rng={}, counters={}, config_yaml=recipes.dump(run), tokenizer=tokenizer or {},
         )  # fmt: skip
         saved = store.save(state)
         assert saved.ok, saved.error

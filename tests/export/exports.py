@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.modeling.model import LanguageModel, build_model
 from longspan.trainer import recipes
 from longspan.trainer.checkpoint.contents import RunState
@@ -49,12 +50,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(name: str, shards: str = "corpora/none") -> RunConfig:
+def run_config(name: str, shards: str = "corpora/none", vocab_size: int = 384) -> RunConfig:
     """A run of the tiny model `name`."""
     sizes = {"dim": 16, "num_heads": 2, "head_dim": 8, "ffn_dim": 24, "window_tokens": WINDOW, "dropout": 0.1}
     raw = {
         "name": f"tiny_{name}",
-        "model": sizes | MODELS[name],
+        "model": sizes | MODELS[name] | {"vocab_size": vocab_size},
         "data": {"shards": shards, "segment_tokens": 4 * WINDOW, "lanes": 2},
         "training": {"steps": 2},
         "tracking": {"enabled": False},
@@ -82,9 +83,16 @@ def native_logits(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, model.init_state(tokens.shape[0]), reset=reset)[0]
 
 
-def run_directory(folder: Path, name: str, steps: tuple[int, ...] = (1,)) -> Path:
-    """RUN with one checkpoint a step; the weights of step k are drawn with seed k."""
-    config = run_config(name)
+def run_directory(
+    folder: Path, name: str, steps: tuple[int, ...] = (1,), tokenizer: Tokenizer | None = None, vocab_size: int = 384
+) -> Path:
+    """RUN with one checkpoint a step; the weights of step k are drawn with seed k. `tokenizer`: of its corpus."""
+    config = run_config(name, vocab_size=vocab_size)
+    plan, files = {"manifest_digest": "c0" * 32}, {}
+    if tokenizer is not None:
+        tokenizer.save(folder.parent / f"{folder.name}-tokenizer")
+        files = {path.name: path.read_bytes() for path in (folder.parent / f"{folder.name}-tokenizer").iterdir()}
+        plan["vocabulary_digest"] = tokenizer.digest
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(recipes.dump(config), encoding="utf-8")
     store = CheckpointStore(folder / "checkpoints", keep_last=len(steps))
@@ -96,10 +104,11 @@ def run_directory(folder: Path, name: str, steps: tuple[int, ...] = (1,)) -> Pat
             lanes={},
             lane_start=0,
             lane_stop=2,
-            data={"plan": {"manifest_digest": "c0" * 32}},
+            data={"plan": plan},
             rng={},
             counters={"tokens": 1234 * step},
             config_yaml=recipes.dump(config),
+            tokenizer=files,
         )
         saved = store.save(state)
         assert saved.ok, saved.error

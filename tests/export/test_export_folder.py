@@ -15,6 +15,7 @@ import torch
 import yaml
 from exports import MODELS, native_model, run_config, run_directory
 
+from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
 from longspan.errors import CheckpointError, UsageError
 from longspan.modeling.hf.source import python_files
 from longspan.trainer import export
@@ -138,7 +139,7 @@ def test_weights_are_the_checkpoints_bit_for_bit_without_padding_rows(exported: 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_configuration(name: str) -> None:
-    model, config = run_config(name).model, hf_config(run_config(name))
+    model, config = run_config(name).model, hf_config(run_config(name), ByteTokenizer())
     assert (config.vocab_size, config.window_tokens, config.training_tokens) == (259, model.window_tokens, 32)
     assert [block["mixer"] for block in config.blocks] == [layer.mixer for layer in model.expanded_layers()]
     assert config.state_dtype == "float32"

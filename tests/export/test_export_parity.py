@@ -13,10 +13,12 @@ import pytest
 import torch
 from exports import MODELS, native_logits, native_model, run_config, run_directory
 
-from longspan.trainer.export import USED_IDS, export_checkpoint
+from longspan.data_pipeline.vocabulary import PAD
+from longspan.trainer.export import export_checkpoint
 
 TOLERANCE = 1e-5
 STEP = 1
+USED_IDS = PAD + 1
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import pytest
 import torch
 from exports import run_directory
 
+from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
 from longspan.errors import UsageError
 from longspan.trainer.cli import build_parser
 from longspan.trainer.commands import generate as command
 from longspan.trainer.export import export_checkpoint
 from longspan.trainer.generation import as_text, choose, generate
+
+BYTES = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +67,17 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_text_comes_as_characters_are_complete() -> None:
-    assert list(as_text("aé😀".encode())) == ["a", "é", "😀"]
-    assert "".join(as_text([65, 0xFF, 66, 0xC3])) == "A\ufffdB\ufffd"
+    assert list(as_text("aé😀".encode(), BYTES)) == ["a", "é", "😀"]
+    assert "".join(as_text([65, 0xFF, 66, 0xC3], BYTES)) == "A\ufffdB\ufffd"
 
 
 def test_choice() -> None:
     logits = torch.full((384,), -9.0)
     logits[[65, 66, 256, 258, 300]] = torch.tensor([5.0, 4.0, 99.0, 99.0, 99.0])
     draws = torch.Generator().manual_seed(0)
-    assert choose(logits, 0, 1, draws) == 65
-    assert {choose(logits, 1.0, 0.5, draws) for _ in range(50)} == {65}
-    assert {choose(logits, 1.0, 0.99, draws) for _ in range(200)} == {65, 66}
+    assert choose(logits, BYTES, 0, 1, draws) == 65
+    assert {choose(logits, BYTES, 1.0, 0.5, draws) for _ in range(50)} == {65}
+    assert {choose(logits, BYTES, 1.0, 0.99, draws) for _ in range(200)} == {65, 66}
 
 
 def test_eos_ends_the_text() -> None:
@@ -84,4 +87,4 @@ def test_eos_ends_the_text() -> None:
             logits[257 if tokens == [65] else 65] = 9
             return logits
 
-    assert list(generate(Fixed(), b"x", max_new_tokens=9, temperature=0, top_p=1, seed=0)) == [65]
+    assert list(generate(Fixed(), BYTES, b"x", max_new_tokens=9, temperature=0, top_p=1, seed=0)) == [65]

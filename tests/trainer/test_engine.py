@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from trainer_toy import ToyModel, ToyRun, toy_batch, toy_config
+from trainer_toy import EOS, ToyModel, ToyRun, toy_batch, toy_config
 
 from longspan.cluster.mesh import Mesh
 from longspan.errors import UsageError
@@ -37,7 +37,7 @@ def plain_losses(steps: range, clip_norm: float = 1.0) -> list[tuple[float, floa
             group["lr"] = 0.05 / (1 + step)
         optimizer.step()
         optimizer.zero_grad()
-        bits = (nll * (batch.target_bytes > 0)).sum() / batch.num_bytes / math.log(2)
+        bits = (nll * (batch.labels != EOS)).sum() / batch.num_bytes / math.log(2)
         found.append((nll.sum() / batch.num_valid, bits, aux["size"] / batch.num_valid, norm))
     return [tuple(float(torch.as_tensor(value).detach()) for value in row) for row in found]
 

@@ -17,7 +17,7 @@ from longspan.trainer import recipes
 from longspan.trainer.config import RunConfig
 from longspan.trainer.engine import Engine
 
-VOCAB, WIDTH, LANES = 37, 13, 4  # odd sizes, so that no parameter divides evenly over two ranks
+VOCAB, WIDTH, LANES, EOS = 37, 13, 4, 36  # odd sizes, so that no parameter divides evenly over two ranks
 
 
 class ToyModel(nn.Module):
@@ -60,7 +60,8 @@ class ToyModel(nn.Module):
 
 
 def toy_batch(step: int, start: int = 0, stop: int = LANES, length: int = 6) -> Batch:
-    """Rows of a global batch of 4 lanes; lanes have different numbers of labels, and not all labels are bytes."""
+    """Rows of a global batch of 4 lanes; lanes have different numbers of labels; one is eos, a third of the others
+    stands for no byte of its own."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCAB, (LANES, length), generator=generator)
     labels = torch.randint(0, VOCAB, (LANES, length), generator=generator)
@@ -71,7 +72,7 @@ def toy_batch(step: int, start: int = 0, stop: int = LANES, length: int = 6) -> 
         labels=labels,
         reset=torch.tensor([[(step + lane) % 3 == 0] for lane in range(LANES)]),
         doc_ids=torch.zeros(LANES, 1, dtype=torch.int64),
-        target_bytes=((labels >= 0) & (labels < 30)).int(),
+        target_bytes=torch.where((labels >= 0) & (labels != EOS), labels % 3, 0).int(),
         lane_ids=torch.arange(LANES),
         num_valid=0,
         num_bytes=0,
@@ -102,7 +103,7 @@ class ToyRun:
         self.start = mesh.dp_rank * self.lanes
         torch.manual_seed(0)
         self.model = ToyModel()
-        self.engine = Engine(self.model, toy_config(training__micro_batch_lanes=self.size, **overrides), mesh)
+        self.engine = Engine(self.model, toy_config(training__micro_batch_lanes=self.size, **overrides), mesh, EOS)
         with self.engine.evaluating() as model:
             self.carried = [{"h": model.init_state(self.size)["h"].detach()} for _ in range(num_micro)]
 

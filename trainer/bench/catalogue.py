@@ -11,7 +11,8 @@ class Benchmark:
 
     Attributes:
         measures: one line.
-        module: in `trainer/bench`, with `measure(settings, session) -> Measured`.
+        module: in `trainer/bench`, with `measure(settings, session) -> Measured`; `data` needs no session and has a
+            command of its own.
         peers: names that `--peers` takes, and what each is.
     """
 
@@ -52,6 +53,15 @@ BENCHMARKS = {
             "plain": "torch.compile of F.cross_entropy on logits in memory",
             "liger": "fused linear cross-entropy of liger-kernel",
             "torch": "F.linear_cross_entropy of torch 2.13 and later",
+        },
+    ),
+    "data": Benchmark(
+        "tokens a second of the readers from disk and over http, seeking in a large plan, BPE encoding; on the CPU",
+        "data.measure",
+        {
+            "webdataset": "plain webdataset pipeline over the same shards, concatenated to batches; no hashes",
+            "mosaicml-streaming": "StreamingDataset over the same documents in its own format; no hashes",
+            "tokenizers": "plain tokenizers with the same vocabulary",
         },
     ),
 }

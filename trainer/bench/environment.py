@@ -23,7 +23,7 @@ _PACKAGES = ("triton", "numpy", "liger-kernel", "block-recurrent-transformer-pyt
 def describe_device(device: torch.device) -> dict[str, Any]:
     """{"type", "name"}, and of a GPU {"capability", "memory_gib", "multiprocessors"}."""
     if device.type != "cuda":
-        return {"type": device.type, "name": _processor(), "threads": torch.get_num_threads()}
+        return {"type": device.type, "name": processor(), "threads": torch.get_num_threads()}
     about = torch.cuda.get_device_properties(device)
     return {
         "type": "cuda",
@@ -44,7 +44,7 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
         "ptxas": _ptxas(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version(name) for name in _PACKAGES},
     }
 
 
@@ -60,7 +60,8 @@ def _entries(folder: Path) -> int:
     return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Version of an installed package, None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +85,8 @@ def _ptxas() -> str | None:
     return f"{found.group(1) if found else tool.version} ({origin})"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -83,27 +83,40 @@ class LossSettings(Common):
     cases: tuple[tuple[int, int, int], ...]
 
 
-class _Checks:
+class Checks:
     """Collects what is wrong with a command line."""
 
     def __init__(self, benchmark: str) -> None:
+        """Args: benchmark: its name in the catalogue."""
         self.benchmark = benchmark
         self.problems: list[Problem] = []
 
     def add(self, where: str, what: str) -> None:
+        """One more problem."""
         self.problems.append(Problem(where, what))
 
     def at_least(self, option: str, value: int | None, least: int = 1) -> None:
+        """`value`, if given, is not below `least`."""
         if value is not None and value < least:
             self.add(f"{option} = {value}", f"must be {least} or more.")
 
     def multiple(self, option: str, value: int, of: str, quantum: int) -> None:
+        """`value` is a multiple of `quantum`, which is called `of`."""
         if value % quantum:
             below, above = value // quantum * quantum, -(-value // quantum) * quantum
             near = f"{below} or {above}" if below else str(above)
             self.add(f"{option} = {value}", f"not a multiple of {of} = {quantum}. Nearest: {near}.")
 
+    def file(self, option: str, path: str | None) -> Path | None:
+        """A file that can be written, or None if it is not asked for."""
+        if path is not None and not Path(path).parent.is_dir():
+            self.add(f"{option} {path}", f"there is no folder {Path(path).parent}. Create it.")
+        elif path is not None and Path(path).is_dir():
+            self.add(f"{option} {path}", "is a folder. Name a file.")
+        return Path(path) if path else None
+
     def finish(self) -> None:
+        """Raises ConfigError if there is a problem."""
         if self.problems:
             advice = f"See `longspan bench {self.benchmark} --help`."
             raise ConfigError(f"longspan bench {self.benchmark}", self.problems, advice)
@@ -125,7 +138,7 @@ def read_settings(args: argparse.Namespace, on_gpu: bool) -> Common:
         "window-attention": _window,
         "cross-entropy": _losses,
     }
-    checks = _Checks(args.benchmark)
+    checks = Checks(args.benchmark)
     common = _common(args, on_gpu, checks)
     settings = readers[args.benchmark](args, on_gpu, checks, common)
     checks.finish()
@@ -133,24 +146,19 @@ def read_settings(args: argparse.Namespace, on_gpu: bool) -> Common:
     return settings
 
 
-def _common(args: argparse.Namespace, on_gpu: bool, checks: _Checks) -> dict[str, Any]:
+def _common(args: argparse.Namespace, on_gpu: bool, checks: Checks) -> dict[str, Any]:
     checks.at_least("--repeat", args.repeat)
-    for option in ("profile", "write_report"):
-        path = getattr(args, option)
-        if path is not None and not Path(path).parent.is_dir():
-            checks.add(f"--{option.replace('_', '-')} {path}", f"there is no folder {Path(path).parent}. Create it.")
-        elif path is not None and Path(path).is_dir():
-            checks.add(f"--{option.replace('_', '-')} {path}", "is a folder. Name a file.")
     return {
         "precision": args.precision or ("bf16" if on_gpu else "fp32"),
         "repeat": args.repeat,
-        "peers": _peers(args.peers, checks),
-        "profile": Path(args.profile) if args.profile else None,
-        "report": Path(args.write_report) if args.write_report else None,
+        "peers": read_peers(args.peers, checks),
+        "profile": checks.file("--profile", args.profile),
+        "report": checks.file("--write-report", args.write_report),
     }
 
 
-def _peers(text: str, checks: _Checks) -> tuple[str, ...]:
+def read_peers(text: str, checks: Checks) -> tuple[str, ...]:
+    """The peers that `--peers` names: all, none, or names with commas between them."""
     known = tuple(BENCHMARKS[checks.benchmark].peers)
     if text in ("all", "none"):
         return known if text == "all" else ()
@@ -161,7 +169,7 @@ def _peers(text: str, checks: _Checks) -> tuple[str, ...]:
     return names
 
 
-def _step(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict[str, Any]) -> StepSettings:
+def _step(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[str, Any]) -> StepSettings:
     given = [name.strip() for text in args.model for name in text.split(",") if name.strip()]
     checks.at_least("--rows", args.rows)
     checks.at_least("--segment-tokens", args.segment_tokens)
@@ -186,7 +194,7 @@ def _step(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict[
     )
 
 
-def _chain(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict[str, Any]) -> ChainSettings | None:
+def _chain(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[str, Any]) -> ChainSettings | None:
     checks.at_least("--rows", args.rows)
     checks.at_least("--segment-tokens", args.segment_tokens)
     model = read_model(args.model or (GPU_MODELS if on_gpu else CPU_MODELS)[0], {"dropout": 0.0}, checks.problems)
@@ -210,7 +218,7 @@ def _chain(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict
     )
 
 
-def _window(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict[str, Any]) -> WindowSettings:
+def _window(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[str, Any]) -> WindowSettings:
     for option in ("rows", "segment_tokens", "window_tokens"):
         checks.at_least(f"--{option.replace('_', '-')}", getattr(args, option))
     window = args.window_tokens or (512 if on_gpu else 32)
@@ -225,7 +233,7 @@ def _window(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dic
     )
 
 
-def _losses(args: argparse.Namespace, on_gpu: bool, checks: _Checks, common: dict[str, Any]) -> LossSettings:
+def _losses(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[str, Any]) -> LossSettings:
     checks.at_least("--tokens", args.tokens)
     checks.at_least("--dim", args.dim)
     checks.at_least("--vocab-size", args.vocab_size, 2)

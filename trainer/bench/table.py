@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,32 @@ from rich.table import Table
 from longspan.trainer.bench.result import Result, Row
 
 _WIDTH = 200
+_Row = TypeVar("_Row")
+Column = tuple[str, Callable[[_Row], str]]
+
+
+class Run(Protocol):
+    """What every result says of its run."""
+
+    @property
+    def benchmark(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def command(self) -> str:
+        """That asked for it."""
+        ...
+
+    @property
+    def date(self) -> str:
+        """ISO 8601."""
+        ...
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """With its `name`."""
+        ...
 
 
 def _milliseconds(row: Row) -> str:
@@ -33,7 +60,7 @@ def _times_floor(row: Row) -> str:
 
 
 # a column is left out when no row has a value for it
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+COLUMNS: tuple[Column[Row], ...] = (
     ("contender", lambda row: row.contender),
     ("case", lambda row: row.case),
     ("ms", _milliseconds),
@@ -48,24 +75,28 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
-def cells(rows: tuple[Row, ...]) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Sequence[_Row], columns: Sequence[Column[_Row]]) -> tuple[list[str], list[list[str]]]:
     """Names of the columns that have any value, and the text of each row under them."""
-    texts = [[text(row) for _, text in COLUMNS] for row in rows]
-    used = [index for index in range(len(COLUMNS)) if any(text[index] for text in texts)]
-    return [COLUMNS[index][0] for index in used], [[text[index] for index in used] for text in texts]
+    texts = [[text(row) for _, text in columns] for row in rows]
+    used = [index for index in range(len(columns)) if any(text[index] for text in texts)]
+    return [columns[index][0] for index in used], [[text[index] for index in used] for text in texts]
 
 
 def print_result(result: Result) -> None:
     """The table, comparisons and circumstances, to standard output."""
-    names, texts = cells(result.rows)
-    table = Table(title=f"longspan bench {result.benchmark}", title_justify="left")
+    print_table(result, *cells(result.rows, COLUMNS), summary(result))
+
+
+def print_table(run: Run, names: list[str], texts: list[list[str]], lines: list[str]) -> None:
+    """A table with these columns and rows, and lines under it, to standard output."""
+    table = Table(title=f"longspan bench {run.benchmark}", title_justify="left")
     for index, name in enumerate(names):
         table.add_column(name, justify="left" if index < 2 or name == "note" else "right", overflow="fold")
     for text in texts:
         table.add_row(*text)
     console = Console(width=None if Console().is_terminal else _WIDTH)
     console.print(table)
-    for line in summary(result):
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
@@ -92,11 +123,15 @@ def summary(result: Result) -> list[str]:
 
 def append_report(result: Result, path: Path) -> None:
     """Add a section about `result` to a Markdown page; a new page gets a title."""
-    names, texts = cells(result.rows)
-    lines = [] if path.exists() else [f"# Benchmarks on {result.device['name']}", ""]
-    lines += [f"## {result.benchmark}, {result.date[:10]}", f"`{result.command}`", ""]
+    append_section(path, result, *cells(result.rows, COLUMNS), summary(result))
+
+
+def append_section(path: Path, run: Run, names: list[str], texts: list[list[str]], remarks: list[str]) -> None:
+    """Add a section with these columns, rows and remarks to a Markdown page; a new page gets a title."""
+    lines = [] if path.exists() else [f"# Benchmarks on {run.device['name']}", ""]
+    lines += [f"## {run.benchmark}, {run.date[:10]}", f"`{run.command}`", ""]
     lines += [_markdown_row(names), _markdown_row(["---"] * len(names)), *map(_markdown_row, texts), ""]
-    lines += [f"- {line}" for line in summary(result)]
+    lines += [f"- {line}" for line in remarks]
     with path.open("a", encoding="utf-8") as file:
         if file.tell():
             file.write("\n")

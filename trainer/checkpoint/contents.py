@@ -7,7 +7,9 @@ All of it is logical: full parameter names, no sharding, and nothing that runs c
     rng.json                             {"ranks": [states of the random generators of rank 0, 1, ...]}
     weights/part-RRRRR-PPPPP.safetensors     parameter name -> tensor
     optimizer/part-RRRRR-PPPPP.safetensors   parameter name/state name -> tensor
-    state/lanes-AAAAA-BBBBB.safetensors      packed state name -> [lanes A..B, ...]
+    state/lanes-AAAAA-BBBBB.safetensors      packed state name -> [lanes A..B, ...]; in its metadata, under `places`,
+                                         the document and token that each lane goes on with, as JSON
+    tokenizer/*                          what `Tokenizer.save` wrote; not there for bytes
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from longspan.errors import CheckpointError, UsageError
+from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint.files import read_checked
 from longspan.trainer.checkpoint.manifest import Manifest
 
@@ -31,9 +33,14 @@ CONFIG = "config.yaml"
 DATA = "data.json"
 RNG = "rng.json"
 FOLDERS = ("weights", "optimizer", "state")
+TOKENIZER = "tokenizer"
 # bounds the memory that a save or load needs besides the tensors themselves
 FILE_BYTES = 256 * 1024 * 1024
 
+# document and first token of a lane's next segment; None: the lane has none
+Place = tuple[str, int] | None
+
+_PLACES = "places"
 _LANES_FILE = re.compile(r"^state/lanes-(\d{5,})-(\d{5,})\.safetensors$")
 
 
@@ -46,13 +53,15 @@ class RunState:
         weights: full tensors by parameter name. Ranks may hold all of them or disjoint parts.
         optimizer: parameter name -> state name -> full tensor; scalars are 0-d tensors.
         lanes: packed carried state of this rank's lanes, [lane_stop - lane_start, ...]; None if this rank has none
-            to save (a peer of the same lanes does).
+            to save (a peer of the same lanes does). After loading: of those lanes that the checkpoint has.
         lane_start, lane_stop: this rank's lanes [start, stop) of the global batch.
         data: the lane reader's state; that of rank 0 is saved.
         rng: `rng.capture()` of this rank. After loading: empty if the checkpoint has none for this rank (it was
             written by fewer ranks); the caller then seeds anew.
         counters: tokens, skips, ...; those of rank 0 are saved. JSON-able.
         config_yaml: the resolved configuration.
+        places: of each of these lanes, what its carried state belongs to; empty where a checkpoint does not say.
+        tokenizer: files of the corpus's tokenizer by name; empty for bytes. Those of rank 0 are saved.
     """
 
     step: int
@@ -65,6 +74,8 @@ class RunState:
     rng: dict[str, Any]
     counters: dict[str, Any] = field(default_factory=dict)
     config_yaml: str = ""
+    places: list[Place] = field(default_factory=list)
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
 
 
 def flat_optimizer(optimizer: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -130,10 +141,11 @@ def encode_lanes(state: RunState) -> tuple[str, bytes]:
     for name, tensor in state.lanes.items():
         if tensor.ndim == 0 or tensor.shape[0] != count:
             raise ValueError(f"carried state {name} has shape {list(tensor.shape)}, but the rank has {count} lanes")
-    return f"state/lanes-{state.lane_start:05d}-{state.lane_stop - 1:05d}.safetensors", encode(state.lanes)
+    name = f"state/lanes-{state.lane_start:05d}-{state.lane_stop - 1:05d}.safetensors"
+    return name, encode(state.lanes, {_PLACES: json.dumps(state.places)})
 
 
-def encode(tensors: dict[str, torch.Tensor]) -> bytes:
+def encode(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file; tensors may be on any device, strided, or views of one another."""
     plain: dict[str, torch.Tensor] = {}
     owned: set[int] = set()
@@ -144,7 +156,7 @@ def encode(tensors: dict[str, torch.Tensor]) -> bytes:
         alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in owned
         owned.add(storage.data_ptr())
         plain[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(plain, metadata)
 
 
 def encode_json(value: Any) -> bytes:
@@ -169,32 +181,40 @@ def read_optimizer(folder: Path, manifest: Manifest) -> dict[str, dict[str, torc
     return optimizer
 
 
-def read_lanes(folder: Path, manifest: Manifest, start: int, stop: int) -> dict[str, torch.Tensor] | None:
+def read_lanes(
+    folder: Path, manifest: Manifest, start: int, stop: int
+) -> tuple[dict[str, torch.Tensor] | None, list[Place]]:
     """Carried state of lanes [start, stop), put together from the files of any number of ranks.
 
     Returns:
-        Packed state [stop - start, ...] in memory of its own; None if the checkpoint carries no state.
-
-    Raises:
-        UsageError: the checkpoint does not have all of these lanes.
+        Packed state [n, ...] in memory of its own, and what each of these lanes goes on with (as `RunState.places`).
+        n is stop - start, or less where the checkpoint has fewer lanes. None and nothing if it has none of them.
     """
     ranges = {name: (int(match[1]), int(match[2]) + 1) for name in manifest.files if (match := _LANES_FILE.match(name))}
-    if not ranges:
-        return None
-    pieces, position = [], start
+    pieces: list[dict[str, torch.Tensor]] = []
+    places: list[Place] = []
+    position = start
     for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
         if first <= position < min(last, stop):
-            tensors = _read_tensors(folder, manifest, name)
+            content = read_file(folder, manifest, name)
             rows = slice(position - first, min(last, stop) - first)
-            pieces.append({key: tensor[rows] for key, tensor in tensors.items()})
+            pieces.append({key: tensor[rows] for key, tensor in _tensors(content, name).items()})
+            known = _places(content)
+            places += known[rows] if len(known) == last - first else [None] * (rows.stop - rows.start)
             position = min(last, stop)
-    if position != stop:
-        have = ", ".join(f"{first}..{last - 1}" for first, last in sorted(ranges.values()))
-        raise UsageError(
-            f"{folder}: carried state of lanes {start}..{stop - 1} is wanted, the checkpoint has {have}. "
-            f"The number of lanes cannot change on resume: set data.lanes as in {folder / CONFIG}."
-        )
-    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+    if not pieces:
+        return None, []
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}, places
+
+
+def read_tokenizer_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Files of the tokenizer by name, checked; none if the run's tokens are bytes."""
+    prefix = f"{TOKENIZER}/"
+    return {
+        name.removeprefix(prefix): read_file(folder, manifest, name)
+        for name in sorted(manifest.files)
+        if name.startswith(prefix)
+    }
 
 
 def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
@@ -222,7 +242,18 @@ def _read_parts(folder: Path, manifest: Manifest, prefix: str) -> dict[str, torc
 
 
 def _read_tensors(folder: Path, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    return _tensors(read_file(folder, manifest, name), name)
+
+
+def _tensors(content: bytes, name: str) -> dict[str, torch.Tensor]:
     try:
-        return safetensors.torch.load(read_file(folder, manifest, name))
+        return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{name}: not a safetensors file ({error})") from error
+
+
+def _places(content: bytes) -> list[Place]:
+    """The metadata of a lanes file that `safetensors.torch.load` has read: length of the header, header."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return [None if place is None else (place[0], place[1]) for place in json.loads(metadata.get(_PLACES, "[]"))]

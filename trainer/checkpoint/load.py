@@ -1,13 +1,19 @@
-"""A model from a checkpoint, for evaluation, export and generation."""
+"""A model and its tokenizer from a checkpoint, for evaluation, export and generation."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
+from longspan.data_pipeline.tokenization import load_tokenizer
+from longspan.data_pipeline.tokenization.base import Tokenizer
+from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
+from longspan.data_pipeline.tokenization.description import DESCRIPTION_NAME, read_description
+from longspan.data_pipeline.vocabulary import ByteVocabulary
 from longspan.errors import CheckpointError, LongspanError
 from longspan.modeling.model import LanguageModel, build_model
 from longspan.trainer import recipes
@@ -27,6 +33,7 @@ class LoadedModel:
         step: optimizer updates that made the model.
         fingerprint: hex sha256 that changes with any byte of the checkpoint.
         path: checkpoint folder.
+        tokenizer_digest: of the tokenizer whose ids the model was trained on.
     """
 
     model: LanguageModel
@@ -34,6 +41,7 @@ class LoadedModel:
     step: int
     fingerprint: str
     path: Path
+    tokenizer_digest: str
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
@@ -58,7 +66,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     with torch.random.fork_rng(devices=[]):  # initial values are about to be replaced: leave the caller's generator
         model = build_model(config.model)
     assign_weights(model, weights, folder)
-    return LoadedModel(model.to(device).eval(), config, manifest.step, fingerprint, folder)
+    digest = tokenizer_digest(folder)
+    return LoadedModel(model.to(device).eval(), config, manifest.step, fingerprint, folder, digest)
 
 
 def read_config(folder: Path, manifest: Manifest) -> RunConfig:
@@ -72,6 +81,34 @@ def read_config(folder: Path, manifest: Manifest) -> RunConfig:
         return recipes.validate(RunConfig, yaml.safe_load(text), f"{folder / contents.CONFIG}")
     except (LongspanError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder / contents.CONFIG} is no configuration of this version: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a verified checkpoint: its own copy of the corpus's, or bytes where it has none.
+
+    Raises:
+        UsageError: this machine or version cannot use it. CheckpointError: as `tokenizer_digest`.
+    """
+    tokenizer_digest(folder)
+    saved = folder / contents.TOKENIZER
+    return load_tokenizer(saved) if (saved / DESCRIPTION_NAME).is_file() else ByteTokenizer()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest of a verified checkpoint's tokenizer, without loading it.
+
+    Raises:
+        CheckpointError: it is not that of the data which the model was trained on; names both digests.
+    """
+    saved = folder / contents.TOKENIZER
+    found = read_description(saved).digest if (saved / DESCRIPTION_NAME).is_file() else ByteVocabulary().digest
+    trained = json.loads((folder / contents.DATA).read_bytes()).get("plan", {}).get("vocabulary_digest", found)
+    if trained != found:
+        raise CheckpointError(
+            f"checkpoint {folder} keeps the tokenizer {found}, but its model was trained with {trained}. "
+            f"Use another checkpoint of the run."
+        )
+    return found
 
 
 def assign_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:

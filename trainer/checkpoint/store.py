@@ -189,6 +189,11 @@ class CheckpointStore:
         if self._ranks.rank == 0:
             entries[contents.CONFIG] = write_file(temporary, contents.CONFIG, state.config_yaml.encode())
             entries[contents.DATA] = write_file(temporary, contents.DATA, contents.encode_json(state.data))
+            if state.tokenizer:
+                os.mkdir(temporary / contents.TOKENIZER)
+            for file, content in state.tokenizer.items():
+                name = f"{contents.TOKENIZER}/{file}"
+                entries[name] = write_file(temporary, name, content)
         return entries
 
     def _publish(self, state: RunState, tied: dict[str, str], written: list[Any], final: Path) -> None:
@@ -212,7 +217,7 @@ class CheckpointStore:
             files=files,
         ).encoded()
         write_file(temporary, MANIFEST, manifest)
-        for folder in contents.FOLDERS:
+        for folder in (*contents.FOLDERS, *([contents.TOKENIZER] if state.tokenizer else [])):
             sync_folder(temporary / folder)
         crash_point("after-manifest")
         write_file(temporary, COMMITTED, commit_line(manifest))
@@ -246,7 +251,6 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: there are checkpoints, but none verifies.
-            UsageError: the checkpoint does not have these lanes.
         """
 
         def find() -> list[str]:
@@ -285,17 +289,20 @@ class CheckpointStore:
     def _read(self, folder: Path, lane_start: int, lane_stop: int) -> RunState:
         manifest, _ = read_manifest(folder)
         rng = contents.read_json(folder, manifest, contents.RNG)["ranks"]
+        lanes, places = contents.read_lanes(folder, manifest, lane_start, lane_stop)
         state = RunState(
             step=manifest.step,
             weights=contents.read_weights(folder, manifest),
             optimizer=contents.read_optimizer(folder, manifest),
-            lanes=contents.read_lanes(folder, manifest, lane_start, lane_stop),
+            lanes=lanes,
             lane_start=lane_start,
-            lane_stop=lane_stop,
+            lane_stop=lane_stop if lanes is None else lane_start + len(places),
             data=contents.read_json(folder, manifest, contents.DATA),
             rng=rng[self._ranks.rank] if self._ranks.rank < len(rng) else {},
             counters=manifest.counters,
             config_yaml=contents.read_file(folder, manifest, contents.CONFIG).decode(),
+            places=places,
+            tokenizer=contents.read_tokenizer_files(folder, manifest),
         )
         # carried state is the only thing that a rank reads in part
         for number, name in enumerate(sorted(name for name in manifest.files if name.startswith("state/"))):

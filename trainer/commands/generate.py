@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
+from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.errors import UsageError
-from longspan.trainer.checkpoint.load import load_model
+from longspan.trainer.checkpoint.load import load_model, read_tokenizer
 from longspan.trainer.generation import Decoder, ExportedDecoder, NativeDecoder, as_text, check_sampling, generate
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Stream prompt and continuation to standard output; the result has the continuation and how it was made."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
-    decoder, source = open_decoder(Path(args.model), "cuda" if torch.cuda.is_available() else "cpu")
+    decoder, tokenizer, source = open_decoder(Path(args.model), "cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
     ids: list[int] = []
+    prompt = args.prompt.encode("utf-8", errors="surrogateescape")
     stream = generate(
         decoder,
-        args.prompt.encode("utf-8", errors="surrogateescape"),
+        tokenizer,
+        prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -33,7 +36,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may know fewer characters
         print(args.prompt, end="", flush=True)
     pieces = []
-    for piece in as_text(_recorded(stream, ids)):
+    before = tokenizer.encode(prompt).ids[:-1].tolist()
+    for piece in as_text(_recorded(stream, ids), tokenizer, before):
         pieces.append(piece)
         if not args.json:
             print(piece, end="", flush=True)
@@ -51,27 +55,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def open_decoder(path: Path, device: str) -> tuple[Decoder, dict[str, Any]]:
-    """A model at the start of a document, and what it was read from.
+def open_decoder(path: Path, device: str) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
+    """A model at the start of a document, its tokenizer, and what it was read from.
 
     Args:
         path: exported folder, checkpoint folder or run directory.
         device: where the model runs.
 
     Raises:
-        UsageError: it is none of the three.
+        UsageError: it is none of the three, or its tokenizer cannot be used here.
         CheckpointError: a checkpoint that does not verify.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist. Give an exported folder, a checkpoint or a run directory.")
     if (path / "config.json").is_file():
         # transformers takes seconds to load, and only an export needs it
+        from longspan.trainer.export_tokenizer import read_exported_tokenizer
+
         from longspan.trainer.export import load_exported
 
-        return ExportedDecoder(load_exported(path, device), device), {"model": str(path), "kind": "export"}
+        exported = ExportedDecoder(load_exported(path, device), device)
+        return exported, read_exported_tokenizer(path), {"model": str(path), "kind": "export"}
     loaded = load_model(path, device)
     source = {"model": str(loaded.path), "kind": "checkpoint", "step": loaded.step, "fingerprint": loaded.fingerprint}
-    return NativeDecoder(loaded.model, device), source
+    return NativeDecoder(loaded.model, device), read_tokenizer(loaded.path), source
 
 
 def _recorded(stream: Any, ids: list[int]) -> Any:

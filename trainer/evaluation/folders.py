@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longspan.data_pipeline.manifest import Manifest
 from longspan.errors import UsageError
 from longspan.trainer import recipes
 from longspan.trainer.checkpoint.files import check_file
@@ -14,6 +13,7 @@ from longspan.trainer.checkpoint.manifest import COMMITTED, read_manifest
 from longspan.trainer.checkpoint.verify import CHECKPOINTS, fingerprint
 from longspan.trainer.config import RunConfig
 from longspan.trainer.evaluation.spec import EvaluationSpec, evaluation_key
+from longspan.trainer.shards import read_manifest as read_corpus_manifest
 
 CONFIG = "config.yaml"
 EVALS = "evals"
@@ -66,4 +66,5 @@ def key_of(checkpoint: Path, spec: EvaluationSpec) -> str:
     manifest = read_manifest(checkpoint)[0]
     check_file(checkpoint, CONFIG, manifest.files[CONFIG], manifest.chunk_bytes)
     config = recipes.load(RunConfig, checkpoint / CONFIG)
-    return evaluation_key(mark, spec, Manifest.load(spec.shards or config.data.shards).digest)
+    corpus = read_corpus_manifest(spec.shards or config.data.shards, config.data)
+    return evaluation_key(mark, spec, corpus.digest)

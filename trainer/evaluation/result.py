@@ -5,8 +5,8 @@ result.json, all rates in bits per byte with `ci_low` and `ci_high`:
     key, protocol, spec, spec_digest, seconds, environment
     checkpoint    path, run, step, fingerprint, committed (unix seconds)
     model         name, window_tokens, quantum, segment_tokens (trained on)
-    data          shards, digest, split, documents [{id, num_bytes, spans}], excluded [{id, num_bytes}],
-                  needed_bytes, mask_digest
+    data          shards, digest, tokenizer {name, digest}, split, documents [{id, num_bytes, spans}],
+                  excluded [{id, num_bytes}], needed_bytes, mask_digest
     num_documents, target_tokens, target_bytes
     curve         [{mode, context_tokens, bits_per_byte, ci_low, ci_high, nats_per_token, perplexity_per_token,
                     context_min, context_max}]       modes truncated, reset, state_reset

@@ -9,16 +9,18 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from longspan.data_pipeline.documents import DocumentReader
 from longspan.data_pipeline.manifest import Manifest
-from longspan.data_pipeline.vocabulary import ByteVocabulary
 from longspan.errors import UsageError
 from longspan.trainer.checkpoint.load import LoadedModel, load_model
+from longspan.trainer.corpus_tokenizer import check_tokenizer
 from longspan.trainer.evaluation import targets
 from longspan.trainer.evaluation.folders import CURVE, RESULT, SUCCESS, commit_time, evals_folder, read_result, run_of
 from longspan.trainer.evaluation.plot import curve_png
@@ -26,6 +28,7 @@ from longspan.trainer.evaluation.result import summarise
 from longspan.trainer.evaluation.scorer import Scorer
 from longspan.trainer.evaluation.spec import PROTOCOL, EvaluationSpec, evaluation_key
 from longspan.trainer.evaluation.windows import Plan, Score, ScoredDocument
+from longspan.trainer.shards import open_shards
 
 
 def default_device() -> torch.device:
@@ -60,21 +63,30 @@ def evaluate(
     """
     started = time.monotonic()
     loaded = load_model(checkpoint, device)
-    manifest = _manifest(spec, loaded)
-    key = evaluation_key(loaded.fingerprint, spec, manifest.digest)
-    folder = (out or evals_folder(loaded.path)) / key
-    known = read_result(folder)
-    if known is not None:
-        return {**known, "folder": str(folder), "reused": True}
-    result = {"key": key, **_measure(loaded, spec, manifest, device, progress)}
+    reader = _open_corpus(spec, loaded)
+    try:
+        key = evaluation_key(loaded.fingerprint, spec, reader.manifest.digest)
+        folder = (out or evals_folder(loaded.path)) / key
+        known = read_result(folder)
+        if known is not None:
+            return {**known, "folder": str(folder), "reused": True}
+        result = {"key": key, **_measure(loaded, spec, reader, device, progress)}
+    finally:
+        reader.close()
     result["seconds"] = round(time.monotonic() - started, 3)
     _publish(folder, result)
     return {**result, "folder": str(folder), "reused": False}
 
 
-def _manifest(spec: EvaluationSpec, loaded: LoadedModel) -> Manifest:
+def _open_corpus(spec: EvaluationSpec, loaded: LoadedModel) -> DocumentReader:
+    """The spec's documents, or those that the run was trained on.
+
+    Raises:
+        UsageError: there are none, or they hold the tokens of another tokenizer.
+    """
+    shards = spec.shards or loaded.config.data.shards
     try:
-        return Manifest.load(spec.shards or loaded.config.data.shards)
+        reader = open_shards(shards, loaded.config.data)
     except UsageError as error:
         if spec.shards:
             raise
@@ -82,12 +94,14 @@ def _manifest(spec: EvaluationSpec, loaded: LoadedModel) -> Manifest:
             f"{error} The run was trained on data.shards = {loaded.config.data.shards}, "
             f"seen from {Path.cwd()}; to name another place: --set shards=FOLDER."
         ) from error
+    check_tokenizer(loaded.tokenizer_digest, reader.manifest.vocabulary, str(loaded.path), shards)
+    return reader
 
 
 def _measure(
     loaded: LoadedModel,
     spec: EvaluationSpec,
-    manifest: Manifest,
+    reader: DocumentReader,
     device: torch.device | str,
     progress: Callable[[float], None] | None,
 ) -> dict[str, Any]:
@@ -98,8 +112,8 @@ def _measure(
             f"context_tokens ends at {spec.longest_tokens}, below the model's window of {window} tokens, which "
             f"carried, swapped and the memory gain need before each target. Put {window} into context_tokens."
         )
-    selection = targets.select(manifest.split(spec.split), spec)
-    documents = _read_documents(manifest, selection)
+    selection = targets.select(reader.manifest.split(spec.split), spec)
+    documents = _read_documents(reader, selection, spec)
     plan = Plan(
         modes=spec.modes,
         context_tokens=spec.context_tokens,
@@ -120,7 +134,7 @@ def _measure(
             "quantum": loaded.model.quantum,
             "segment_tokens": loaded.config.data.segment_tokens,
         },
-        "data": _describe_data(manifest, selection, documents, spec),
+        "data": _describe_data(reader.manifest, selection, documents, spec),
         **summarise(scores, spec, window),
         "scores": [_describe_score(score, documents) for score in scores],
         "environment": _environment(device),
@@ -139,17 +153,27 @@ def _describe_score(score: Score, documents: list[ScoredDocument]) -> dict[str, 
     }
 
 
-def _read_documents(manifest: Manifest, selection: targets.Selection) -> list[ScoredDocument]:
+def _read_documents(reader: DocumentReader, selection: targets.Selection, spec: EvaluationSpec) -> list[ScoredDocument]:
     """Bos and the scored head of each document; the whole document is verified by its hash."""
-    reader = DocumentReader(manifest)
     documents = []
     for entry, spans in zip(selection.entries, selection.spans, strict=True):
-        end = entry.num_tokens if selection.head_bytes is None else min(entry.num_tokens, selection.head_bytes + 1)
-        tokens = reader.token_range(entry, 0, end)
-        token_bytes = ByteVocabulary.target_bytes(tokens)
-        documents.append(ScoredDocument(entry.id, tokens, token_bytes, targets.token_ranges(token_bytes, spans)))
-    reader.close()
-    return documents
+        token_bytes = reader.target_bytes_range(entry, 0, entry.num_tokens)
+        ranges = targets.token_ranges(token_bytes, spans)
+        targets.check_context(entry.id, token_bytes, ranges, spec)
+        end = targets.head_tokens(token_bytes, selection.head_bytes)
+        documents.append(ScoredDocument(entry.id, reader.token_range(entry, 0, end), token_bytes[:end], ranges))
+    return _with_donors(documents) if "swapped" in spec.modes else documents
+
+
+def _with_donors(documents: list[ScoredDocument]) -> list[ScoredDocument]:
+    """Make the second longest document as long as the longest, by its own beginning again.
+
+    In bytes the heads are equally long, in tokens not: the longest one's donor would end before it.
+    """
+    *_, second, first = sorted(documents, key=lambda document: len(document.tokens))
+    size = len(first.tokens)
+    longer = replace(second, tokens=np.resize(second.tokens, size), token_bytes=np.resize(second.token_bytes, size))
+    return [longer if document is second else document for document in documents]
 
 
 def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
@@ -169,6 +193,7 @@ def _describe_data(
     return {
         "shards": str(manifest.folder),
         "digest": manifest.digest,
+        "tokenizer": {"name": manifest.vocabulary.name, "digest": manifest.vocabulary.digest},
         "split": spec.split,
         "documents": [
             {"id": entry.id, "source": entry.source, "num_bytes": entry.num_bytes, "spans": [list(s) for s in spans]}

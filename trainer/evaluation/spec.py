@@ -36,7 +36,9 @@ class EvaluationSpec(BaseModel):
         ("truncated", "carried", "reset", "state_reset", "swapped"), description="how the context is given"
     )
     stride_tokens: int = Field(256, ge=1, description="targets scored per window; their context is L to L + stride")
-    bytes_per_token: int = Field(1, ge=1, description="upper bound that puts the first target after L tokens")
+    bytes_per_token: int = Field(
+        1, ge=1, description="bytes of a token, on average or more: puts L tokens before the first target"
+    )
     bootstrap_samples: int = Field(10000, ge=100, description="resamples of the documents")
     confidence: float = Field(0.95, gt=0, lt=1, description="probability inside the intervals")
     seed: int = Field(0, ge=0, description="of the resamples")

@@ -90,19 +90,62 @@ def document_spans(entry: DocumentEntry, spec: EvaluationSpec, first: int, head:
 
 
 def token_ranges(token_bytes: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Tokens [a, b) that lie fully inside each byte span.
+    """Tokens [a, b) that lie fully inside each byte span; (0, 0) where there is none.
+
+    Some tokenizers write a character as several tokens and count its bytes at one of them. Tokens without bytes at
+    the edges of a range are scored too, so that no character is scored in part: a few nats more, never fewer.
 
     Args:
-        token_bytes: int[n], bytes of each token of the document; 0 for bos and eos.
+        token_bytes: int[n], bytes of each token of the document; 0 for bos, the first, and for eos, at most the last.
         spans: byte ranges [start, end).
     """
-    ends = np.cumsum(token_bytes)
+    ends = np.cumsum(token_bytes, dtype=np.int64)
     starts = ends - token_bytes
     ranges = []
     for start, end in spans:
         inside = np.flatnonzero((starts >= start) & (ends <= end) & (token_bytes > 0))
-        ranges.append((int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0))
+        if not len(inside):
+            ranges.append((0, 0))
+            continue
+        first, stop = int(inside[0]), int(inside[-1]) + 1
+        while first > 1 and token_bytes[first - 1] == 0:
+            first -= 1
+        while stop < len(token_bytes) - 1 and token_bytes[stop] == 0:
+            stop += 1
+        ranges.append((first, stop))
     return ranges
+
+
+def head_tokens(token_bytes: np.ndarray, head_bytes: int | None) -> int:
+    """How many tokens from bos on lie within the first `head_bytes` bytes, eos only behind fewer; all if None."""
+    ends = np.cumsum(token_bytes, dtype=np.int64)
+    if head_bytes is None or ends[-1] < head_bytes:
+        return len(ends)
+    return min(int(np.searchsorted(ends, head_bytes, side="right")), len(ends) - 1)
+
+
+def check_context(name: str, token_bytes: np.ndarray, ranges: list[tuple[int, int]], spec: EvaluationSpec) -> None:
+    """See that the spans of a document hold tokens, with the longest context before the first of them.
+
+    Args:
+        name: of the document. token_bytes: int[n], as of `token_ranges`. ranges: what that returned.
+
+    Raises:
+        UsageError: a span holds no whole token, or there are too few before the first; names the setting to change.
+    """
+    if (0, 0) in ranges:
+        raise UsageError(
+            f"span_bytes = {spec.span_bytes}: a span of {name} holds no whole token; the longest token there has "
+            f"{int(token_bytes.max())} bytes. Raise span_bytes."
+        )
+    longest = spec.longest_tokens
+    if ranges[0][0] < longest:
+        rate = -(-int(token_bytes[: longest + 1].sum()) // longest)
+        raise UsageError(
+            f"bytes_per_token = {spec.bytes_per_token}: the first target of {name} has {ranges[0][0]} tokens before "
+            f"it, {longest} are wanted. The tokens there have up to {rate} bytes on average: set bytes_per_token to "
+            f"{max(rate, spec.bytes_per_token + 1)}."
+        )
 
 
 def chunks(span: tuple[int, int], stride: int) -> list[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""`longspan bench data`: tokens a second of the readers, seeking in the lane plan, BPE encoding, beside their peers."""
