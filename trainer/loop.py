@@ -77,8 +77,8 @@ def _check_lanes(config: RunConfig, mesh: Mesh) -> None:
         )
     if mesh.cp_size > 1 and mesh.device.type == "cuda":
         raise UsageError(
-            f"parallel.cp = {mesh.cp_size}: only on CPU so far. On GPUs, over NCCL and with bf16 kernels, gradients did "
-            f"not equal those of one rank (docs/context_parallel.md). Use data parallelism there."
+            f"parallel.cp = {mesh.cp_size}: only on CPU so far. On GPUs, over NCCL and with bf16 kernels, gradients "
+            f"did not equal those of one rank (docs/context_parallel.md). Use data parallelism there."
         )
 
 
