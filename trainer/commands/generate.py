@@ -70,9 +70,8 @@ def open_decoder(path: Path, device: str) -> tuple[Decoder, Tokenizer, dict[str,
         raise UsageError(f"{path} does not exist. Give an exported folder, a checkpoint or a run directory.")
     if (path / "config.json").is_file():
         # transformers takes seconds to load, and only an export needs it
-        from longspan.trainer.export_tokenizer import read_exported_tokenizer
-
         from longspan.trainer.export import load_exported
+        from longspan.trainer.export_tokenizer import read_exported_tokenizer
 
         exported = ExportedDecoder(load_exported(path, device), device)
         return exported, read_exported_tokenizer(path), {"model": str(path), "kind": "export"}
