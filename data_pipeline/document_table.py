@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, overload
 
@@ -115,7 +115,7 @@ class DocumentTable(Sequence[DocumentEntry]):
         if not -len(self) <= place < len(self):
             raise IndexError(f"document {place} of {len(self)}")
         row = int(place) % len(self)
-        return _entry({name: column[row].as_py() for name, column in self._columns})
+        return _entry({name: value_at(row) for name, value_at in self._readers})
 
     def __iter__(self) -> Iterator[DocumentEntry]:
         yield from map(_entry, self.fields())
@@ -135,8 +135,19 @@ class DocumentTable(Sequence[DocumentEntry]):
     __hash__ = None  # type: ignore[assignment]
 
     @cached_property
-    def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
-        return [(name, self._rows.column(name)) for name in ROW_SCHEMA.names]
+    def _readers(self) -> list[tuple[str, Callable[[int], Any]]]:
+        """Of each column, what gives its value in a row; several times as fast as asking pyarrow's columns."""
+        return [(name, self._reader(name)) for name in ROW_SCHEMA.names]
+
+    def _reader(self, name: str) -> Callable[[int], Any]:
+        kind = self._rows.schema.field(name).type
+        if pa.types.is_integer(kind):
+            return self.integers(name).item
+        if pa.types.is_dictionary(kind):
+            codes, values = self.codes(name)
+            return lambda row: values[codes[row]]
+        strings = self._rows.column(name)
+        return lambda row: strings[row].as_py()
 
     @cached_property
     def num_tokens(self) -> np.ndarray:

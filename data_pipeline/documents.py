@@ -16,16 +16,24 @@ from longspan.data_pipeline.manifest import DocumentEntry, Manifest
 from longspan.data_pipeline.open_document import Coding, MemoryFile, OpenDocument, cut_off, unreadable
 from longspan.data_pipeline.storage.prefetch import Workers
 from longspan.data_pipeline.storage.retry import Counters
+from longspan.data_pipeline.storage.shard_file import ShardFile
 from longspan.data_pipeline.storage.shards import LocalShards, Shards, missing_shards
 from longspan.data_pipeline.storage.store import StorageError
 from longspan.errors import DataError, UsageError
 
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**18  # hashed at once: what was just read is still in the core's own cache
 _CHECKERS = 2  # threads that hash ahead of use
 _FETCHERS = 4  # threads that wait for a store
 _TRIES = 3  # of a document that arrives damaged, each from a new copy
 _MEMORY_BYTES = 256 * 2**20  # of documents that no lane holds and no cache has
 _LOGGER = logging.getLogger("longspan.data")
+
+
+class _Scratch(threading.local):
+    """Memory of each thread that hashes; new memory for every document would cost page faults."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_CHUNK_BYTES))
 
 
 class DocumentReader:
@@ -56,6 +64,7 @@ class DocumentReader:
         self.manifest, self.shards = manifest, shards
         self.coding = Coding.of(manifest.vocabulary)
         self.counters: Counters = shards.counters
+        self._scratch = _Scratch()
         self._verified: set[str] = set()
         self._expected: dict[str, Future[OpenDocument]] = {}
         self._in_memory: OrderedDict[str, MemoryFile] = OrderedDict()
@@ -205,20 +214,22 @@ class DocumentReader:
         if file is None:
             return self._from_memory(entry)
         if entry.id not in self._verified:
-            digest = hashlib.sha256()
-            buffer = bytearray(min(_CHUNK_BYTES, max(size for _, size in self.coding.ranges(entry)) or 1))
-            for offset, size in self.coding.ranges(entry):
-                for start in range(offset, offset + size, len(buffer)):
-                    view = memoryview(buffer)[: min(len(buffer), offset + size - start)]
-                    try:
-                        read = file.read_into(start, view)
-                    except OSError as error:
-                        raise unreadable(entry, start, error) from error
-                    if read != len(view):
-                        raise cut_off(entry, start + read, len(view) - read)
-                    digest.update(view)
-            self._compare(entry, digest)
+            self._compare(entry, self._hash(entry, file))
         return OpenDocument(entry, self.coding, file, entry.offset, entry.lengths_offset)
+
+    def _hash(self, entry: DocumentEntry, file: ShardFile) -> hashlib._Hash:
+        digest = hashlib.sha256()
+        for offset, size in self.coding.ranges(entry):
+            for start in range(offset, offset + size, _CHUNK_BYTES):
+                view = self._scratch.view[: min(_CHUNK_BYTES, offset + size - start)]
+                try:
+                    read = file.read_into(start, view)
+                except OSError as error:
+                    raise unreadable(entry, start, error) from error
+                if read != len(view):
+                    raise cut_off(entry, start + read, len(view) - read)
+                digest.update(view)
+        return digest
 
     def _from_memory(self, entry: DocumentEntry) -> OpenDocument:
         """The document by its byte ranges, where there is no room for its shard."""

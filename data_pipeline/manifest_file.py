@@ -137,13 +137,15 @@ def _read_header(stream: BinaryIO, where: str, digest: hashlib._Hash) -> Header:
         raw = json.loads(text.rstrip().rstrip(b",") + b"}" if line else text)
         if line:
             return Header.model_validate(raw)
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds {type(raw).__name__}, not an object with fields")
         # other damage of the header is told of first
         Header.model_validate({key: value for key, value in raw.items() if key in Header.model_fields})
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise DataError(f"{where}: {place}: {problem['msg'].lower()}. {REBUILD}") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not readable: {error}. {REBUILD}") from None
     raise DataError(f"{where}: documents: field required, one line a document as Longspan writes them. {REBUILD}")
 

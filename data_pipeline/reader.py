@@ -7,16 +7,15 @@ import threading
 from typing import Any
 
 import numpy as np
-import torch
 
 from longspan.data_pipeline.batch import Batch
+from longspan.data_pipeline.block import Block
 from longspan.data_pipeline.buffers import Buffers
 from longspan.data_pipeline.lookahead import Documents, Lookahead
 from longspan.data_pipeline.open_document import OpenDocument
 from longspan.data_pipeline.plan import LanePlan
 from longspan.data_pipeline.plan_state import check_plan_state, plan_state
 from longspan.data_pipeline.storage.store import StorageError
-from longspan.data_pipeline.vocabulary import NO_LABEL
 from longspan.errors import DataError, UsageError
 
 # More bad documents than this share of the split end the run: beyond a few, the disk or the copy is at fault and
@@ -24,6 +23,7 @@ from longspan.errors import DataError, UsageError
 MAX_BAD_FRACTION = 0.01
 
 PREFETCH_STEPS = 16
+_BLOCK_TOKENS = 16_384  # of a lane that are read at once, when steps are asked for one after another
 
 _LOGGER = logging.getLogger("longspan.data")
 
@@ -65,6 +65,9 @@ class LaneReader:
         self._max_bad = max(1, int(max_bad_fraction * len(plan.manifest.places(plan.split))))
         self._ahead = Lookahead(plan, documents, lane_start, lane_stop, prefetch_steps)
         self._open: dict[int, OpenDocument] = {}
+        # only a part of what is read ahead: the rest is verified meanwhile
+        self._most_steps = min(max(1, _BLOCK_TOKENS // plan.segment_tokens), 1 + prefetch_steps // 4)
+        self._block: Block | None = None
         self._buffers = Buffers()
         self._lock = threading.Lock()
 
@@ -78,68 +81,23 @@ class LaneReader:
             return self._batch(step)
 
     def _batch(self, step: int) -> Batch:
-        rows, length, quantum, first = len(self._lanes), self.plan.segment_tokens, self.plan.quantum, self._lanes.start
-        coding = self._documents.coding
-        ids = self._buffers.take((rows, length + 1), coding.dtype)  # one more: the last label
-        lengths = self._buffers.take((rows, length), np.uint16)
-        ids.fill(coding.pad)
-        lengths.fill(0)
-        reset = np.zeros((rows, length // quantum), dtype=bool)
-        doc_ids = np.full((rows, length // quantum), -1, dtype=np.int64)
-        labelled = [0] * rows  # up to here a row's labels are settled
-        holes: list[tuple[int, int, int]] = []
-        num_valid = 0
-        runs = self._ahead.runs(step)
-        self._open = {place: document for place, document in self._open.items() if self._ahead.holds(place)}
-        for lane, column, place, part_start, part_stop, start, stop in runs:
-            row = lane - first
-            if start == part_start:
-                reset[row, column // quantum] = True
-            with_next = min(stop + 1, part_stop)  # the token after the run, too, if the part goes on
-            end = column + with_next - start - 1
-            if not self._read(place, start, with_next, ids[row, column : end + 1], lengths[row, column:end]):
-                continue
-            if labelled[row] < column:
-                holes.append((row, labelled[row], column))
-            labelled[row] = end
-            num_valid += end - column
-            doc_ids[row, column // quantum : -(-(column + stop - start) // quantum)] = place
-        holes += [(row, end, length) for row, end in enumerate(labelled) if end < length]
-        return self._tensors(ids, lengths, reset, doc_ids, holes, num_valid)
+        if self._block is None or step not in self._block.steps:
+            follows = self._block is not None and step == self._block.steps.stop
+            self._block = None  # its arrays are used again
+            self._block = self._next_block(step, self._most_steps if follows else 1)
+        return self._block.batch(step)
 
-    def _tensors(
-        self,
-        ids: np.ndarray,
-        lengths: np.ndarray,
-        reset: np.ndarray,
-        doc_ids: np.ndarray,
-        holes: list[tuple[int, int, int]],
-        num_valid: int,
-    ) -> Batch:
-        """Widen and shift; `holes` are (row, start, stop) without labels."""
-        tokens = self._buffers.take(lengths.shape, np.int64)
-        labels = self._buffers.take(lengths.shape, np.int64)
-        target_bytes = self._buffers.take(lengths.shape, np.int32)
-        # twice as fast in 32 bits, which hold the sum of a row of up to 2^16 numbers of 16 bits
-        sum_dtype = np.uint32 if lengths.shape[1] <= 2**16 else np.int64
-        np.copyto(tokens, ids[:, :-1])
-        np.copyto(labels, ids[:, 1:])
-        np.copyto(target_bytes, lengths)
-        for row, start, stop in holes:
-            labels[row, start:stop] = NO_LABEL
-        return Batch(
-            tokens=torch.from_numpy(tokens),
-            labels=torch.from_numpy(labels),
-            reset=torch.from_numpy(reset),
-            doc_ids=torch.from_numpy(doc_ids),
-            target_bytes=torch.from_numpy(target_bytes),
-            lane_ids=torch.arange(self._lanes.start, self._lanes.stop),
-            num_valid=num_valid,
-            num_bytes=int(lengths.sum(axis=1, dtype=sum_dtype).sum(dtype=np.int64)),
-        )
+    def _next_block(self, step: int, count: int) -> Block:
+        runs = self._ahead.runs(step, count)
+        self._open = {place: document for place, document in self._open.items() if self._ahead.holds(place)}
+        plan, coding = self.plan, self._documents.coding
+        steps = range(step, step + count)
+        block = Block(steps, self._lanes, plan.segment_tokens, plan.quantum, coding, self._buffers)
+        block.fill(runs, self._read)
+        return block
 
     def _read(self, place: int, start: int, stop: int, ids: np.ndarray, lengths: np.ndarray) -> bool:
-        """Fill in tokens `start` to `stop` of a document; False, and padding, if it is quarantined.
+        """Fill in tokens `start` to `stop` of a document; False if it is quarantined.
 
         Args:
             place: of the document in the manifest.
@@ -164,8 +122,6 @@ class LaneReader:
         except StorageError:
             raise
         except DataError as error:
-            ids.fill(self._documents.coding.pad)
-            lengths.fill(0)
             self._open.pop(place, None)
             self._quarantine(entry.id, str(error))
             return False
@@ -184,8 +140,13 @@ class LaneReader:
 
     def adopt_quarantine(self, quarantine: dict[str, str]) -> None:
         """Take over documents that another rank or an earlier process found bad: {document id: reason}."""
-        self.quarantine.update(quarantine)
-        self._open = {place: document for place, document in self._open.items() if document.entry.id not in quarantine}
+        with self._lock:
+            if not quarantine.keys() <= self.quarantine.keys():
+                self._block = None  # holds their tokens, perhaps
+            self.quarantine.update(quarantine)
+            self._open = {
+                place: document for place, document in self._open.items() if document.entry.id not in quarantine
+            }
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Where reading stands before `next_step`, JSON-able; the same on all ranks but for `quarantine`.

@@ -26,7 +26,8 @@ class ShardFile:
     @classmethod
     def open(cls, file: Path) -> ShardFile:
         """Open `file` for reading; `close` it afterwards."""
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        # without O_NONBLOCK, a pipe that stands there would be waited for; files are read as ever
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return cls(descriptor, os.fstat(descriptor).st_size)
 
     def close(self) -> None:

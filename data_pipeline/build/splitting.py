@@ -36,13 +36,16 @@ def check_held_out(config: CorpusConfig, documents: Sequence[Document]) -> None:
     """Refuse a list of held-out documents with one that does not exist.
 
     Raises:
-        UsageError: names all of them, and the nearest ids that there are.
+        UsageError: names them, and the nearest ids that there are.
     """
     known = {document.id for document in documents}
     unknown = [name for name in config.held_out if name not in known]
     if unknown:
         ids = [document.id for document in documents]
-        listed = "\n".join(f"  held_out: no document {name}{did_you_mean(name, ids)}" for name in unknown)
+        lines = [f"  held_out: no document {name}{did_you_mean(name, ids)}" for name in unknown[:_MOST_LISTED]]
+        if len(unknown) > len(lines):
+            lines.append(f"  and {len(unknown) - len(lines)} more")
+        listed = "\n".join(lines)
         raise UsageError(f"the recipe holds out documents that do not exist:\n{listed}\nIds are SOURCE/NAME.")
 
 

@@ -113,6 +113,8 @@ def _chosen(manifest: Manifest, sources: list[str] | None) -> np.ndarray:
     table = manifest.documents
     if sources is None:
         return np.arange(len(table))
+    if not sources:
+        raise UsageError(f"--sources names none; {manifest.folder} has {', '.join(table.sources)}.")
     unknown = [name for name in sources if name not in table.sources]
     if unknown:
         listed = "; ".join(f"no source {name}{did_you_mean(name, table.sources)}" for name in unknown)
@@ -128,7 +130,10 @@ def _held_out_ids(manifest: Manifest, entries: list[DocumentEntry], hold_out: Ho
     wanted = set(hold_out.ids)
     groups = {entry.group for entry in entries if entry.id in wanted}
     torn = [entry for entry in entries if entry.group in groups and entry.id not in wanted]
-    problems = [f"no document {name}{did_you_mean(name, known)}" for name in unknown]
+    problems = [
+        f"no document {name}{did_you_mean(name, known) if place < _MOST_NAMED else '.'}"
+        for place, name in enumerate(unknown)
+    ]
     problems += [f"document {entry.id} is of group {entry.group}, of which others are held out" for entry in torn]
     if problems:
         more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""

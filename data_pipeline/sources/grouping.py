@@ -32,8 +32,15 @@ class SourceFile:
 
 
 def natural(path: str) -> list[tuple[int, str]]:
-    """Sort key of a path: chapter 2 before chapter 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path)]
+    """Sort key of a path: chapter 2 before chapter 10. Only 0 to 9 count as digits, and there may be any number."""
+    key = []
+    for place, part in enumerate(re.split(r"([0-9]+)", path)):
+        if place % 2:  # the split puts numbers at odd places; the one with more digits is the larger
+            digits = part.lstrip("0")
+            key.append((len(digits), digits))
+        else:
+            key.append((-1, part))
+    return key
 
 
 def join_files(files: Iterable[tuple[str, bytes]], headers: bool) -> bytes:

@@ -79,8 +79,8 @@ def _rows(config: HuggingFaceConfig, dataset: Any) -> Iterator[Row]:
 
 
 def _not_loaded(config: HuggingFaceConfig, error: Exception) -> UsageError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return UsageError(
-        f"source {config.name}: {config.dataset} cannot be loaded: {reason} Check the name, `subset`, `split` and the "
+        f"source {config.name}: {config.dataset} cannot be loaded: {reason}. Check the name, `subset`, `split` and the "
         f"network; a data set that is on disk is opened by its folder."
     )

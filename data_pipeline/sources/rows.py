@@ -100,11 +100,13 @@ def _texts(config: RowsConfig, rows: Iterable[Row], tally: Tally) -> Iterator[tu
 
 
 def _value(config: RowsConfig, row: Row, field: str) -> Any:
-    """A field of the row; `a.b` is looked for by its whole name first, then as b inside a."""
+    """A field of the row; `a.b` is looked for by its whole name first, then as b inside a; None if a itself is null."""
     if field in row.fields:
         return row.fields[field]
     value: Any = row.fields
     for part in field.split("."):
+        if value is None:
+            return None
         if not isinstance(value, Mapping) or part not in value:
             known = list(value) if isinstance(value, Mapping) else list(row.fields)
             raise UsageError(f"source {config.name}: {row.where}: no field {field}{_advice(field, known)}")

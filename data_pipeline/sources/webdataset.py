@@ -38,8 +38,8 @@ def _documents(config: WebDatasetConfig, places: list[Place], tally: Tally) -> I
     cleaner = Cleaner(config.clean)
     for key, address, data in _samples(config, places, tally):
         try:
-            raw = _json_text(config, address, key, data) if _is_json(config) else data
-            text = cleaned_text(cleaner, key, raw, tally)
+            raw = _json_text(config, address, key, data, tally) if _is_json(config) else data
+            text = None if raw is None else cleaned_text(cleaner, key, raw, tally)
         except UnicodeDecodeError:
             tally.leave_out("samples that are not UTF-8 (the rule `encoding` repairs them)", key)
             continue
@@ -90,13 +90,21 @@ def _is_json(config: WebDatasetConfig) -> bool:
     return config.text_member.split(".")[-1] == "json"
 
 
-def _json_text(config: WebDatasetConfig, address: str, key: str, data: bytes) -> bytes:
+def _json_text(config: WebDatasetConfig, address: str, key: str, data: bytes, tally: Tally) -> bytes | None:
+    """The text field of a sample; None, and counted, if it is null or no text that UTF-8 can hold, as for other rows.
+
+    Raises:
+        UsageError: the sample is no JSON object with that field, or the field holds something else than text.
+    """
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"source {config.name}: {address}, sample {key}: not JSON: {error}. Mend the shard."
         ) from error
+    if isinstance(fields, dict) and fields.get(config.text_field, "") is None:
+        tally.leave_out("samples whose text is null", key)
+        return None
     text = fields.get(config.text_field) if isinstance(fields, dict) else None
     if not isinstance(text, str):
         known = ", ".join(sorted(fields)) if isinstance(fields, dict) else type(fields).__name__
@@ -104,4 +112,8 @@ def _json_text(config: WebDatasetConfig, address: str, key: str, data: bytes) ->
             f"source {config.name}: {address}, sample {key}: no text in the field {config.text_field}. There are: "
             f"{known}. Set the source's `text_field`."
         )
-    return text.encode("utf-8", errors="replace")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        tally.leave_out("samples with half of a surrogate pair", key)
+        return None

@@ -155,7 +155,11 @@ class ShardCache:
                 f"the manifest says {shard.sha256[:16]}."
             )
         # not synced: after a power cut the documents' own hashes find what is missing, and it is fetched again
-        os.rename(part, self._whole(shard))
+        admission = self._admission()  # whoever adds up what is here must find it under one of its names
+        try:
+            os.rename(part, self._whole(shard))
+        finally:
+            os.close(admission)
         self._counters.add("downloads")
 
     def _is_right(self, shard: ShardEntry, sink: _PartSink) -> bool:

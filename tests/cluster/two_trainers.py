@@ -1,4 +1,4 @@
-"""Two ranks of the real trainer on a tiny model, forked from the test's process, one of them with a planted fault."""
+"""Two ranks of the real trainer on a tiny model in processes of their own, one of them with a planted fault."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from longspan.trainer import cli
 from longspan.trainer.engine import Engine
 
 FAULT_STEP = 3
+START_SECONDS = 180.0  # until the fault, or the end without one: a busy machine imports slowly
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,20 @@ def run_two(
     Args:
         fault: hang, kill, stop (SIGSTOP), raise, or none. where: in the phase's `data` part or in its `step` part.
         watchdog: False switches it off in both ranks.
-        deadline_seconds: ranks that still run then are killed.
+        deadline_seconds: ranks that still run so long after the fault are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, context = free_port(), mp.get_context("fork")
+    port, context = free_port(), mp.get_context("spawn")
     ranks = [
         context.Process(target=_live, args=(rank, port, recipe, folder, fault, where, watchdog)) for rank in range(2)
     ]
     for rank in ranks:
         rank.start()
-    deadline, ended = time.monotonic() + deadline_seconds, [0.0, 0.0]
-    while time.monotonic() < deadline and not all(ended):
+    fired = folder / "fired"
+    deadline, ended = time.time() + START_SECONDS, [0.0, 0.0]
+    while time.time() < deadline and not all(ended):
+        if fired.exists():
+            deadline = fired.stat().st_mtime + deadline_seconds
         for index, rank in enumerate(ranks):
             if not ended[index] and not rank.is_alive():
                 ended[index] = time.time()
@@ -81,7 +85,6 @@ def run_two(
         if rank.is_alive():
             os.kill(rank.pid, signal.SIGKILL)
         rank.join()
-    fired = folder / "fired"
     since = fired.stat().st_mtime if fired.exists() else time.time()
     return [
         End(rank.exitcode if ended[index] else None, (folder / f"{index}.txt").read_text(), ended[index] - since)

@@ -21,10 +21,10 @@ def fails(tmp_path, monkeypatch, capsys):
     """Run `data build` in an own folder; returns the message after checking exit code 2 and that nothing appeared."""
     monkeypatch.chdir(tmp_path)
 
-    def run(content: dict[str, object]) -> str:
+    def run(content: dict[str, object], *arguments: str) -> str:
         path = write_recipe(Path("tiny.yaml"), content)
         before = sorted(Path(".").rglob("*"))
-        assert main(["data", "build", path, "--out", "new/corpus"]) == 2
+        assert main(["data", "build", path, "--out", "new/corpus", *arguments]) == 2
         assert sorted(Path(".").rglob("*")) == before
         error = capsys.readouterr().err
         return error[error.index("longspan: ") + len("longspan: ") :].rstrip("\n")
@@ -79,6 +79,14 @@ def test_target_below_a_file(fails):
     )
 
 
+@pytest.mark.parametrize("processes", ["0", "-3"])
+def test_no_process_to_build_with(fails, processes):
+    write_folder(Path("texts"))
+    assert fails(recipe(Path("texts")), "--processes", processes) == (
+        f"--processes {processes}: at least 1 process builds; leave it out for one a core."
+    )
+
+
 def test_zero_training_documents(fails):
     write_folder(Path("texts"), {"letters/a.txt": b"a", "poems/g.txt": b"g"})
     assert fails(recipe(Path("texts"), held_out=["letters/a.txt", "poems/g.txt"])) == (
@@ -94,6 +102,9 @@ def test_unknown_held_out_documents(fails):
         "  held_out: no document nothing like it.\n"
         "Ids are SOURCE/NAME."
     )
+    message = fails(recipe(Path("texts"), held_out=[f"poems/{number}" for number in range(30)]))
+    assert message.count("no document") == 20
+    assert message.endswith("  and 10 more\nIds are SOURCE/NAME.")
 
 
 def test_shards_inside_their_source(fails):

@@ -233,6 +233,7 @@ def test_a_split_that_does_not_fit_is_refused(tmp_path, capsys):
 
     assert "give --sources, --hold-out or both" in refused()
     assert "no source poem. Did you mean poems?" in refused("--sources", "poem,letters")
+    assert "--sources names none; " in refused("--sources", ",")
     for fraction in ("0", "1", "-1", "nan"):
         assert "lies between 0 and 1" in refused("--hold-out", fraction)
     assert "no readable file of ids" in refused("--hold-out", str(tmp_path / "none"))

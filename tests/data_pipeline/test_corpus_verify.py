@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import tarfile
@@ -139,6 +140,13 @@ def test_missing_longer_and_empty_shards(corpus):
     train.write_bytes(b"")
     held_out.write_bytes(b"")
     assert len(problems(corpus.folder)) == 2
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(corpus):
+    train = corpus.folder / "train-00000.tar"
+    train.unlink()
+    os.mkfifo(train)
+    assert problems(corpus.folder) == ["shard train-00000.tar: not readable: Illegal seek"]
 
 
 def test_the_command_exits_70_on_damage_and_2_without_a_corpus(corpus, tmp_path, capsys):

@@ -198,6 +198,31 @@ def test_the_quarantine_is_part_of_the_state(tmp_path):
         same(resumed.batch(step), expected[step])
 
 
+def test_what_another_rank_found_bad_is_masked_from_the_next_step_on(folder):
+    """Also where the steps after it are read already."""
+    reader, whole = open_lanes(folder), open_lanes(folder)
+    for step in range(8):
+        reader.batch(step)
+        before = whole.batch(step)
+    going_on = (before.doc_ids[:, -1] >= 0) & (before.doc_ids[:, -1] == whole.batch(8).doc_ids[:, 0])
+    bad = int(before.doc_ids[going_on, -1][0])
+    reader.adopt_quarantine({whole.plan.manifest.documents[bad].id: "elsewhere"})
+    for step in range(8, 20):
+        batch, expected = reader.batch(step), whole.batch(step)
+        inside = (expected.doc_ids == bad).repeat_interleave(Q, dim=1)
+        assert step > 8 or inside.any()
+        assert torch.equal(batch.tokens, expected.tokens.masked_fill(inside, PAD))
+        assert torch.equal(batch.labels, expected.labels.masked_fill(inside, NO_LABEL))
+
+
+@pytest.mark.parametrize("changes", [{}, {"boundary": "pad"}, {"max_document_tokens": 2 * Q}, {"drain": True}])
+def test_steps_read_together_are_those_read_alone(folder, changes):
+    together, alone = open_lanes(folder, **changes), open_lanes(folder, **changes)
+    backwards = [alone.batch(step) for step in reversed(range(60))]
+    for step, expected in enumerate(reversed(backwards)):
+        same(together.batch(step), expected)
+
+
 def test_too_many_bad_documents_end_the_run(tmp_path):
     corpus = pack(tmp_path / "corpus", shard_bytes=300)
     names = ["letters/b.txt", "letters/c.txt", "poems/i.txt"]

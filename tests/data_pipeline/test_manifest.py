@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from tiny_corpora import manifest_of_lengths
 
 from longspan.data_pipeline import manifest_file
 from longspan.data_pipeline.document_table import DocumentTable
-from longspan.data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, byte_vocabulary, vocabulary_entry
+from longspan.data_pipeline.manifest import (
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    byte_vocabulary,
+    did_you_mean,
+    vocabulary_entry,
+)
 from longspan.data_pipeline.vocabulary import ByteVocabulary
 from longspan.errors import DataError, UsageError
 from longspan.trainer.cli import main
@@ -101,8 +109,13 @@ def test_damage_is_named(corpus):
     refused(corpus, DataError, "digest: field required at the end")
     file.write_text(json.dumps(json.loads(text)))
     refused(corpus, DataError, "documents: field required, one line a document")
-    file.write_text("")
-    refused(corpus, DataError, "is not readable")
+    for damaged, message in (
+        ("", "is not readable"),
+        ("[]", "is not readable: it holds list"),
+        ("[" * 10**5, "recursion"),
+    ):
+        file.write_text(damaged)
+        refused(corpus, DataError, message)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +188,16 @@ def test_documents_are_found_by_split_and_id():
     assert manifest.document("b/0").num_tokens == 7
     with pytest.raises(UsageError, match=r"no document b/00. Did you mean b/0"):
         manifest.document("b/00")
+
+
+def test_near_names_are_found_among_few_and_among_many():
+    assert did_you_mean("books/Ema", ["books/Emma", "code/x"]) == ". Did you mean books/Emma?"
+    many = [f"code/repository-{number}" for number in range(10**5)]
+    assert did_you_mean("books/Ema", [*many, "books/Emma"]) == ". Did you mean books/Emma?"
+    assert did_you_mean("books/Ema", many) == "."
+    start = time.perf_counter()
+    assert "Did you mean code/repository-" in did_you_mean("code/repository-1234567", many)
+    assert time.perf_counter() - start < 2  # all of them would take many seconds
 
 
 def test_the_byte_vocabulary_is_the_one_of_the_reader():

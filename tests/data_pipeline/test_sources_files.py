@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from longspan.data_pipeline.source_config import ArchiveConfig, FolderConfig
-from longspan.data_pipeline.sources.grouping import SourceFile, group_of, joined_groups, sorted_groups
+from longspan.data_pipeline.sources.grouping import SourceFile, group_of, joined_groups, natural, sorted_groups
 from longspan.data_pipeline.sources.registry import open_source
 from longspan.data_pipeline.sources.tally import Tally
 from longspan.errors import UsageError
@@ -235,3 +235,11 @@ def test_groups_from_files_in_any_order() -> None:
     assert list(joined_groups(ordered, True, Tally("code"))) == found
     assert group_of("a/b/c", 2, "x") == ("a/b", "c")
     assert group_of("a", 1, "x") is None
+
+
+def test_natural_order_knows_any_number_and_only_plain_digits() -> None:
+    long = "9" * 5000
+    assert sorted(["x1" + "0" * 5000, "x" + long, "x10", "x9", "c٣", "c²", "c02"], key=natural) == [
+        *("c02", "c²", "c٣", "x9", "x10", "x" + long),
+        "x1" + "0" * 5000,
+    ]

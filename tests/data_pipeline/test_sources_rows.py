@@ -141,6 +141,21 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     )
 
 
+def test_a_field_inside_one_that_is_null_is_null(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        '{"text": "a", "meta": null}\n{"text": "b", "meta": {"licence": "MIT"}}\n{"text": "c", "meta": {}}\n'
+    )
+    table = tmp_path / "x.parquet"
+    write_table(table, [{"text": "a", "meta": None}, {"text": "b", "meta": {"licence": "MIT"}}])
+    nested = {"licence_field": "meta.licence"}
+    assert read(parquet(table, **nested))[0] == [("x/1", b"a", None), ("x/2", b"b", "MIT")]
+    with pytest.raises(UsageError, match=r"line 3: no field meta\.licence"):
+        read(jsonl(file, **nested))
+    with pytest.raises(UsageError, match=r"row 1: the field meta\.licence = None cannot name a document"):
+        read(parquet(table, id_field="meta.licence"))
+
+
 @pytest.mark.parametrize("identity", ['""', "null", "1.5", "true", '"\\ud800"'])
 def test_ids_that_name_nothing(tmp_path: Path, identity: str) -> None:
     file = tmp_path / "x.jsonl"
@@ -299,8 +314,14 @@ def test_shards_whose_text_is_json(tmp_path: Path) -> None:
         read(webdataset(file, text_member="json", text_field="body"))
     with pytest.raises(UsageError, match=r"no member ends in \.txt\. Set the source's `text_member`"):
         read(webdataset(file))
-    shard(file, {"x.json": b'{"body": "text"}'})
-    assert read(webdataset(file, text_member="json", text_field="body"))[0] == [("x", b"text", None)]
+    nothing = {"a.json": b'{"body": null}', "b.json": b'{"body": "\\ud800"}'}
+    shard(file, {"x.json": b'{"body": "text"}', **nothing})
+    found, notes = read(webdataset(file, text_member="json", text_field="body"))
+    assert found == [("x", b"text", None)]
+    assert notes == (
+        "source rows: left out 1 samples whose text is null, e.g. a",
+        "source rows: left out 1 samples with half of a surrogate pair, e.g. b",
+    )
 
 
 def test_every_kind_of_source_is_a_recipe() -> None:

@@ -45,7 +45,7 @@ def forget_carried_state() -> None:
     """Bug: lanes go on in the middle of their documents with nothing carried."""
 
     def change(state: Any) -> None:
-        state.lanes = None
+        state.lanes = {name: torch.zeros_like(tensor) for name, tensor in state.lanes.items()}
 
     _change_loaded(change)
 

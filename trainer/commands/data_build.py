@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeElaps
 
 from longspan.data_pipeline.build import BuildResult, build_corpus
 from longspan.data_pipeline.corpus_config import CorpusConfig, corpus_problems
+from longspan.errors import UsageError
 from longspan.trainer import recipes
 
 _LOG_SECONDS = 10.0
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, UsageError: recipe or inputs are wrong; nothing was written.
     """
+    if args.processes is not None and args.processes < 1:
+        raise UsageError(f"--processes {args.processes}: at least 1 process builds; leave it out for one a core.")
     config = recipes.load(CorpusConfig, args.config, args.overrides, corpus_problems)
     console = Console(file=sys.stderr)
     out = Path(args.out or config.out or f"corpora/{config.name}")
