@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """A command that ran in this process has sent the warnings to standard error; the next test looks for its own."""
+def own_logging() -> None:
+    """Undo what a command did to the warnings, in a test or fixture of this process: a test may look for its own."""
     logger = logging.getLogger("longspan")
-    handlers, propagate = logger.handlers, logger.propagate
-    yield
-    logger.handlers, logger.propagate = handlers, propagate
+    logger.handlers, logger.propagate = [], True
