@@ -22,3 +22,4 @@ def own_logging() -> None:
     """Undo what a command did to the warnings, in a test or fixture of this process: a test may look for its own."""
     logger = logging.getLogger("longspan")
     logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.WARNING)

@@ -45,4 +45,5 @@ def _log_to_standard_error() -> None:
     handler = logging.StreamHandler() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
     handler.setFormatter(logging.Formatter("longspan: %(message)s"))
     logger.handlers = [handler]
+    logger.setLevel(logging.WARNING)  # whatever a library does to the level of all
     logger.propagate = False
