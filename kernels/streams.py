@@ -20,7 +20,9 @@ class Fork:
 
     What is made in `side` may be used everywhere after `join`, without further care when it is freed: memory of the
     side stream is given out again on that stream alone, and the next fork makes it wait for the current one. What
-    was made before, and is used in `side`, must live until `join`.
+    was made before, and is used in `side`, must live until `join`. What the main stream makes between the fork and
+    `join` is not for `side`, unless after `catch_up`: not even memory to write to, because the main stream's kernels
+    may not be done with what lay there before.
     """
 
     def __init__(self, x: Tensor) -> None:

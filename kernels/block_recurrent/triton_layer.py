@@ -173,13 +173,15 @@ class _ScanTokens(torch.autograd.Function):
         kept, call = rest[: ctx.kept], rest[ctx.kept :]
         wanted = any(ctx.needs_input_grad[8:10])
         shares: tuple[Tensor | None, ...] = (None, None, None, None)
+        # before the fork: memory that the main stream gets after it may still be in use by the main stream's earlier
+        # kernels, which the side stream does not wait for
+        gradient = _Backward(segment, weights, last, read, kept, dread, dlast, wanted)
         fork = Fork(segment.qkv)
         if ctx.near is None:
             # the gradient of the view given out is this node's alone: what its only reader returned
             dqkv = torch.zeros_like(segment.qkv) if dnear[0] is None else dnear[0].contiguous()
         else:
             dqkv, *shares = window_backward(WindowCall(*call), dnear, wanted, ctx.near.tiles)  # type: ignore[assignment]
-        gradient = _Backward(segment, weights, last, read, kept, dread, dlast, wanted)
         if ctx.near is None:
             carry, dcache = gradient.run(dqkv, None)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,29 @@ def test_window_attention_beside_the_chain_gives_the_same_bits(name: str, monkey
     different = {key for found in beside for key in alone if not torch.equal(found[key], alone[key])}
     # the cache's gradient is added up in another order
     assert all("cached" in key for key in different), different
+
+
+def test_the_chain_takes_no_memory_that_the_main_stream_still_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Window attention whose last kernel, slow, fills a buffer of the gradients' size that is free already."""
+    from longspan.kernels.block_recurrent import triton_layer
+
+    case = make_case(*CASES["five rows"]).to(torch.bfloat16, "cuda")
+    quiet = everything(case, block_recurrent)
+    window_backward, sizes = triton_layer.window_backward, []
+
+    def slow(*arguments: Any) -> Any:
+        result = window_backward(*arguments)
+        junk = [torch.empty_like(result[0][:, :, 0]) for _ in range(4)]
+        torch.cuda._sleep(100_000_000)
+        for tensor in junk:
+            sizes.append(tensor.fill_(float("nan")).numel())
+        return result
+
+    monkeypatch.setattr(triton_layer, "window_backward", slow)
+    found = [everything(case, block_recurrent) for _ in range(3)]
+    assert len(sizes) == 12
+    for each in found:
+        assert all(x.isfinite().all() and torch.allclose(x, quiet[name], rtol=1e-2) for name, x in each.items())
 
 
 def test_repeats_bit_by_bit() -> None:
