@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan.kernels.context_parallel.messages import keep_messages
 from longspan.kernels.norm.api import add_rms_norm, residual_rms_norm
 from longspan.kernels.tensor_parallel.collectives import enter, leave
 from longspan.modeling.basic import FeedForward, RMSNorm, TiledDropout
@@ -39,14 +40,14 @@ _BY_COST: tuple[Dependency, ...] = ("parallel", "affine_scan", "state_scan", "st
 
 
 def _recomputed(module: StatefulModule, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State, Aux]:
-    """`module(x, state, reset=reset)`, of which the backward pass keeps no more than the arguments."""
+    """`module(x, state, reset=reset)`, of which no more is kept than the arguments and what other ranks sent."""
     context = copy_context()  # the backward pass of a GPU runs in a thread of its own, without a forced backend
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State, Aux]:
         return context.run(module, x, state, reset=reset)
 
     # random numbers are drawn in training only: outside, their generators need not be put back
-    return checkpoint(run, x, state, use_reentrant=False, preserve_rng_state=module.training)
+    return checkpoint(run, x, state, use_reentrant=False, preserve_rng_state=module.training, context_fn=keep_messages)
 
 
 class Layer(StatefulModule):

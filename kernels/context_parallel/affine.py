@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.kernels.context_parallel.messages import count
+from longspan.kernels.context_parallel.messages import count, once
 from longspan.kernels.context_parallel.shard import SequenceShard
 
 
@@ -36,7 +36,8 @@ def scan_states(first: Tensor, factor: Tensor, added: Tensor, shard: SequenceSha
 class _ScanStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first: Tensor, factor: Tensor, added: Tensor, shard: SequenceShard) -> Tensor:
-        factors, sums = _gather(factor, shard), _gather(added, shard)
+        parts = once(lambda: [*_gather(factor, shard), *_gather(added, shard)])
+        factors, sums = parts[: shard.size], parts[shard.size :]
         state = first.clone()
         for rank in range(shard.rank):
             state = factors[rank] * state + sums[rank]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.kernels.context_parallel.messages import count, receive, send
+from longspan.kernels.context_parallel.messages import count, once, receive, send
 from longspan.kernels.context_parallel.shard import SequenceShard
 
 StateGrad = Literal["full", "truncate"]
@@ -44,8 +44,10 @@ def carry_state(
         anchor = torch.empty(0, device=first[0].device, requires_grad=torch.is_grad_enabled())
         given = _Receive.apply(anchor, shard, state_grad, *(tensor[rows] for tensor in first))
         y, last = run(list(given), rows)
-        outputs.append(_Send.apply(y, shard, state_grad, *last))
         lasts.append([tensor.detach() for tensor in last])
+        if shard.has(1):
+            y = _Send.apply(y, shard, state_grad, *(last if state_grad == "full" else lasts[-1]))
+        outputs.append(y)
     return torch.cat(outputs), [torch.cat(parts) for parts in zip(*lasts, strict=True)]
 
 
@@ -63,9 +65,8 @@ class _Receive(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.shard, ctx.state_grad, ctx.count = shard, state_grad, len(first)
         if shard.has(-1):
-            return tuple(
-                receive(torch.empty_like(tensor, memory_format=torch.contiguous_format), shard, -1) for tensor in first
-            )
+            empty = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in first)
+            return tuple(once(lambda: [receive(buffer, shard, -1) for buffer in empty]))
         return tuple(tensor.clone() for tensor in first)
 
     @staticmethod
@@ -85,14 +86,18 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, shard: SequenceShard, state_grad: StateGrad, *state: Tensor) -> Tensor:
         ctx.shard, ctx.state_grad = shard, state_grad
         ctx.likes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in state]
-        if shard.has(1):
+
+        def hand_on() -> list[Tensor]:
             for tensor in state:
                 send("carry", tensor.contiguous(), shard, 1)
+            return []
+
+        once(hand_on)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.shard.has(1) or ctx.state_grad == "truncate":
+        if ctx.state_grad == "truncate":
             return grad, None, None, *([None] * len(ctx.likes))
         buffers = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
         return grad, None, None, *(receive(buffer, ctx.shard, 1) for buffer in buffers)

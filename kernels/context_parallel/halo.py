@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError
-from longspan.kernels.context_parallel.messages import Exchange
+from longspan.kernels.context_parallel.messages import Exchange, once
 from longspan.kernels.context_parallel.shard import SequenceShard
 from longspan.kernels.window_attention.reference import l2_normalise
 
@@ -54,11 +54,15 @@ class _Halo(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, width: int, shard: SequenceShard) -> Tensor:
         batch, tokens, channels = rows.shape
         lengths = list(enumerate(_lengths(tokens, width, shard), 1))
-        sends = [(rows[:, tokens - n :].contiguous(), hop) for hop, n in lengths if shard.has(hop)]
-        received = [(rows.new_empty(batch, n, channels), -hop) for hop, n in lengths if shard.has(-hop)]
-        Exchange("halo", shard, sends, received).wait()
+
+        def exchange() -> list[Tensor]:
+            sends = [(rows[:, tokens - n :].contiguous(), hop) for hop, n in lengths if shard.has(hop)]
+            received = [(rows.new_empty(batch, n, channels), -hop) for hop, n in lengths if shard.has(-hop)]
+            Exchange("halo", shard, sends, received).wait()
+            return [tensor for tensor, _ in reversed(received)]
+
         ctx.lengths, ctx.shard, ctx.shape = lengths, shard, rows.shape
-        parts = [tensor for tensor, _ in reversed(received)]
+        parts = once(exchange)
         return torch.cat(parts, dim=1) if parts else rows.new_empty(batch, 0, channels)
 
     @staticmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -32,6 +33,53 @@ def count(operation: str, tensor: Tensor, times: int = 1) -> None:
     """Add `times` the tensor's bytes to what is being counted."""
     for counter in _counters:
         counter[operation] += tensor.numel() * tensor.element_size() * times
+
+
+class _Keeping:
+    """A context in which the messages of a thread are kept, or given again."""
+
+    current = threading.local()
+
+    def __init__(self, found: list[list[Tensor]], again: bool) -> None:
+        self.found, self.again = found, again
+        self.place = 0  # of the message that is given again next
+
+    def __enter__(self) -> None:
+        self.before = self.of_this_thread()
+        self.place, self.current.keeping = 0, self
+
+    def __exit__(self, *error: object) -> None:
+        self.current.keeping = self.before
+
+    @classmethod
+    def of_this_thread(cls) -> _Keeping | None:
+        return getattr(cls.current, "keeping", None)
+
+
+def keep_messages() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Two contexts for a part of a forward pass that is computed again in the backward pass: first, and again.
+
+    What came in the first is given again in the second, as often as that is entered, and nothing is sent: no rank
+    waits for another's recomputation.
+    """
+    found: list[list[Tensor]] = []
+    return _Keeping(found, again=False), _Keeping(found, again=True)
+
+
+def once(communicate: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """What `communicate` received; inside `keep_messages`, the second time, what it received the first time.
+
+    Args:
+        communicate: sends and receives; its result must not depend on anything that differs the second time.
+    """
+    keeping = _Keeping.of_this_thread()
+    if keeping is None:
+        return list(communicate())
+    if not keeping.again:
+        # without the graph of the first time
+        keeping.found.append([tensor.detach() for tensor in communicate()])
+    keeping.place += 1
+    return [tensor.detach() for tensor in keeping.found[keeping.place - 1]]
 
 
 class Exchange:

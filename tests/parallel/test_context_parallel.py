@@ -38,9 +38,12 @@ def documents(model: Any, tokens: int, kind: str) -> Tensor:
     return reset
 
 
-def two_steps(name: str, shard: SequenceShard, tokens: int, kind: str, **options: Any) -> Result:
+def two_steps(
+    name: str, shard: SequenceShard, tokens: int, kind: str, *, checkpointing: Any = "none", **options: Any
+) -> Result:
     """Two training steps' worth of losses and gradients: the second begins with the state that the first left."""
     model = tiny_model(name)
+    model.set_activation_checkpointing(checkpointing)
     set_sequence_shard(model, shard, **options)
     share = tokens // shard.size
     place = slice(shard.rank * share, (shard.rank + 1) * share)
@@ -118,6 +121,12 @@ def test_state_in_slices_of_the_batch() -> None:
     assert largest_difference("fixed_skip", 2, 4 * WINDOW, "inside", state_slices=2) <= NEAR
 
 
+@pytest.mark.parametrize("policy", ["mixer", "layer"])
+@pytest.mark.parametrize("name", ["fixed_skip", "hybrid", "full_attention"])
+def test_what_is_computed_again_is_the_same(name: str, policy: str) -> None:
+    assert largest_difference(name, 2, 4 * WINDOW, "inside", checkpointing=policy, state_slices=2) <= NEAR
+
+
 def test_truncated_gradient_is_another_and_reaches_every_parameter() -> None:
     want = two_steps("fixed_skip", ONE_RANK, 8 * WINDOW, "none")
     got = joined(on_ranks(on_this_rank, 2, "fixed_skip", 8 * WINDOW, "none", {"state_grad": "truncate"}))
@@ -130,9 +139,9 @@ def test_truncated_gradient_is_another_and_reaches_every_parameter() -> None:
     assert (got[name] - want[name]).abs().max() > 1e-6
 
 
-def traffic(rank: int, name: str, tokens: int) -> dict[str, int]:
+def traffic(rank: int, name: str, tokens: int, checkpointing: str) -> dict[str, int]:
     with count_traffic() as sent:
-        two_steps(name, SequenceShard.of(dist.group.WORLD), tokens, "none")
+        two_steps(name, SequenceShard.of(dist.group.WORLD), tokens, "none", checkpointing=checkpointing)
     return dict(sent)
 
 
@@ -168,12 +177,13 @@ def halo_rows(share: int) -> int:
     ids=["one hop", "two hops", "recurrent", "linear"],
 )
 def test_traffic_is_the_formula(name: str, share: int, want: dict[str, int]) -> None:
-    """All ranks together send what docs/context_parallel.md says."""
-    total: Counter[str] = Counter()
-    for sent in on_ranks(traffic, RANKS, name, RANKS * share):
-        total.update(sent)
-    del total["share_last"]
-    assert total == {operation: FP64 * count for operation, count in want.items()}
+    """All ranks together send what docs/context_parallel.md says, also where layers are computed twice."""
+    for checkpointing in ("none", "layer"):
+        total: Counter[str] = Counter()
+        for sent in on_ranks(traffic, RANKS, name, RANKS * share, checkpointing):
+            total.update(sent)
+        del total["share_last"]
+        assert total == {operation: FP64 * count for operation, count in want.items()}, checkpointing
 
 
 def test_a_halo_from_the_wrong_side_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
