@@ -48,3 +48,18 @@ class Fork:
         """Outside `side`: go on after all of it."""
         if self.side_stream is not None:
             self.main_stream.wait_stream(self.side_stream)
+
+    def lend(self, *tensors: Tensor) -> None:
+        """Keep the memory of tensors, made outside and used in `side`, until the second stream is done with them.
+
+        For what the backward pass uses on the second stream, long after `join`, and then drops.
+        """
+        if self.side_stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self.side_stream)
+
+    def take(self, *tensors: Tensor) -> None:
+        """The same for tensors made in `side` and used outside."""
+        if self.side_stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self.main_stream)

@@ -46,13 +46,14 @@ class BlockRecurrentInputs:
         """Whether the path has heads that these tokens do not read."""
         return self.own_heads is not None and self.path.heads != self.qkv.shape[3]
 
-    def rows(self, rows: slice, state: Tensor) -> BlockRecurrentInputs:
-        """The same for some rows of the batch, with their state [b, S, D]."""
-        if rows == slice(0, self.qkv.shape[0]):
-            return replace(self, state=state)
-        names = ("qkv", "state_query", "cached_keys", "cached_values", "reset")
-        every = None if self.all_tokens is None else self.all_tokens[:, rows]
-        return replace(self, state=state, all_tokens=every, **{name: getattr(self, name)[rows] for name in names})
+    def split(self, counts: list[int]) -> list[BlockRecurrentInputs]:
+        """The same for the first counts[0] rows of the batch, the next counts[1], ...; the state as well."""
+        names = ("qkv", "state_query", "cached_keys", "cached_values", "reset", "state")
+        # split, not indexing: the gradient of an index is as large as the whole tensor
+        parts = [getattr(self, name).split(counts) for name in names]
+        every = [None] * len(counts) if self.all_tokens is None else self.all_tokens.split(counts, dim=1)
+        given = zip(every, *parts, strict=True)
+        return [replace(self, all_tokens=seen, **dict(zip(names, part, strict=True))) for seen, *part in given]
 
     def check(self) -> None:
         """Raises ShapeError unless everything fits together."""

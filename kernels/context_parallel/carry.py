@@ -40,7 +40,7 @@ def carry_state(
     if shard.size == 1:
         return run(list(first), slice(0, first[0].shape[0]))
     outputs, lasts = [], []
-    for rows in _slices(first[0].shape[0], slices):
+    for rows in row_slices(first[0].shape[0], slices):
         anchor = torch.empty(0, device=first[0].device, requires_grad=torch.is_grad_enabled())
         given = _Receive.apply(anchor, shard, state_grad, *(tensor[rows] for tensor in first))
         y, last = run(list(given), rows)
@@ -51,7 +51,8 @@ def carry_state(
     return torch.cat(outputs), [torch.cat(parts) for parts in zip(*lasts, strict=True)]
 
 
-def _slices(rows: int, slices: int) -> list[slice]:
+def row_slices(rows: int, slices: int) -> list[slice]:
+    """The slices of a batch of `rows` that `carry_state` hands on, as equal as can be, at most one a row."""
     number = min(slices, rows)
     return [slice(start, stop) for start, stop in pairwise(rows * index // number for index in range(number + 1))]
 

@@ -82,9 +82,28 @@ class _Halo(torch.autograd.Function):
         return total, None, None
 
 
+class _WithTail(torch.autograd.Function):
+    """A tensor and its last rows; one addition of as many rows in the backward, where an index costs two passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return x.view_as(x), x[:, -rows:].clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dtail: Tensor | None) -> tuple[Tensor | None, None]:
+        if dtail is None:
+            return dx, None
+        # the gradient of the view given out is this node's alone: its readers made it, or autograd their sum
+        total = dtail.new_zeros(ctx.shape) if dx is None else dx
+        total[:, -dtail.shape[1] :] += dtail
+        return total, None
+
+
 def window_cache(
     qkv: Tensor, first_keys: Tensor, first_values: Tensor, reset: Tensor, shard: SequenceShard
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The cache of W keys and values that window attention over this rank's share begins with.
 
     Rows of a document that ended before the share are zero, as a document start leaves them in a cache; the start
@@ -97,12 +116,12 @@ def window_cache(
         shard: of this rank.
 
     Returns:
-        keys, values [B, W, H, Dh].
+        qkv again, for the attention, whose gradient is added to in place; keys, values [B, W, H, Dh].
     """
     if shard.size == 1:
-        return first_keys, first_values
+        return qkv, first_keys, first_values
     window, heads = first_keys.shape[1:3]
-    tail = qkv[:, -window:]
+    qkv, tail = _WithTail.apply(qkv, min(window, qkv.shape[1]))
     keys, values = l2_normalise(tail[:, :, 1]), tail[:, :, 2]
     # document starts travel with the rows: one message instead of two
     starts = reset[:, -window:, None].to(keys.dtype)
@@ -113,4 +132,4 @@ def window_cache(
     starts = halo[..., -1].detach()
     later = starts.flip(1).cumsum(1).flip(1) - starts  # document starts after each row
     halo = halo[..., :-1].masked_fill((later > 0)[..., None], 0.0).unflatten(-1, (2, heads, -1))
-    return halo[:, :, 0].contiguous(), halo[:, :, 1].contiguous()
+    return qkv, halo[:, :, 0].contiguous(), halo[:, :, 1].contiguous()

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from longspan.kernels.block_recurrent.api import block_recurrent
 from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs, token_resets
+from longspan.kernels.block_recurrent.over_ranks import block_recurrent_over_ranks
 from longspan.kernels.block_recurrent.packed import project_sum, project_twice
 from longspan.kernels.block_recurrent.state_path import (
     Gate,
@@ -18,7 +19,7 @@ from longspan.kernels.block_recurrent.state_path import (
     project_state,
     write_state,
 )
-from longspan.kernels.context_parallel.carry import StateGrad, carry_state
+from longspan.kernels.context_parallel.carry import StateGrad
 from longspan.kernels.context_parallel.halo import window_cache
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.tensor_parallel.collectives import gather_parts
@@ -180,7 +181,7 @@ class BlockRecurrent(StatefulModule):
         qkv, state_query = project_twice(x, self._stacked(), self.state_query.weight)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         starts = token_resets(reset, x.shape[1], self.window)
-        keys, values = window_cache(qkv, state["keys"], state["values"], starts, self.shard)
+        qkv, keys, values = window_cache(qkv, state["keys"], state["values"], starts, self.shard)
         own = self.tensor_shard.part(self.recurrent.heads)
         inputs = BlockRecurrentInputs(
             qkv=qkv,
@@ -213,21 +214,14 @@ class BlockRecurrent(StatefulModule):
 
     def _attend(self, inputs: BlockRecurrentInputs) -> tuple[Tensor, State]:
         """Attention and output projection, the state handed from rank to rank."""
-        caches: list[tuple[Tensor, Tensor]] = []
-
-        def run(vectors: list[Tensor], rows: slice) -> tuple[Tensor, list[Tensor]]:
-            out = block_recurrent(inputs.rows(rows, vectors[0]))
-            caches.append((out.keys, out.values))
-            return project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight), [out.state.contiguous()]
-
         if self.recurrent.write is None:
-            y, last = run([inputs.state], slice(0, inputs.state.shape[0]))
+            out = block_recurrent(inputs)
         else:
-            y, last = carry_state([inputs.state], run, self.shard, slices=self.state_slices, state_grad=self.state_grad)
-        keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*caches, strict=True))
-        new_state: State = {"keys": keys, "values": values}
+            out = block_recurrent_over_ranks(inputs, self.shard, slices=self.state_slices, state_grad=self.state_grad)
+        y = project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight)
+        new_state: State = {"keys": out.keys, "values": out.values}
         if self.recurrent.write is not None:
-            new_state["state"] = last[0]
+            new_state["state"] = out.state
         return y, new_state
 
     def decode_state(self, state: State) -> State:

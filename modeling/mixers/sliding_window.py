@@ -59,7 +59,6 @@ class SlidingWindow(StatefulModule):
         if self.training and self.dropout > 0:
             drop = head_dropout_mask(self.heads, self.window, self.dropout, x, self.tensor_shard)
         out, keys, values = window_attention(
-            qkv,
             *window_cache(qkv, state["keys"], state["values"], reset, self.shard),
             self.position_table if self.positions == "t5" else None,
             self.scale,
