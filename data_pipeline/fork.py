@@ -113,6 +113,8 @@ def continue_plan(
     check_state_is_whole(state)
     saved = state["plan"]
     own = wanted.description()
+    if "order" in own or "order" in saved:
+        return _same_stream(wanted, saved, own)
     differing = [line for line in differing_settings(saved, own) if not line.startswith("history: ")]
     if not differing and not saved.get("history"):
         return wanted
@@ -130,6 +132,22 @@ def continue_plan(
     if not differing:
         return plan
     return fork_plan(plan, state["step"], snapshots=snapshots, **_settings(own, drain=False))
+
+
+def _same_stream(wanted: LanePlan, saved: Mapping[str, Any], own: Mapping[str, Any]) -> LanePlan:
+    """The plan of a stream of whole shards, which only goes on as it was.
+
+    A fork would put back what is left of the documents of lanes that are gone, and give lanes documents at other
+    places: shards that were read already would have to be read again, in between others.
+    """
+    differing = differing_settings(saved, own)
+    if differing:
+        listed = "\n  ".join(differing)
+        raise UsageError(
+            f"the checkpoint was written with other data settings:\n  {listed}\nA plan that streams whole shards "
+            f"(data.reader = streaming) cannot be forked: set them back to resume, or start a new run with --init-from."
+        )
+    return wanted
 
 
 def _settings(phase: Mapping[str, Any], *, drain: bool) -> dict[str, Any]:

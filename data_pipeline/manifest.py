@@ -24,6 +24,7 @@ from longspan.data_pipeline.manifest_file import (
     manifest_lines,
     read_manifest,
 )
+from longspan.data_pipeline.regular_files import open_regular
 from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.data_pipeline.tokenization.description import read_description
 from longspan.data_pipeline.vocabulary import PAD, ByteVocabulary
@@ -97,7 +98,7 @@ class Manifest:
         folder = Path(folder)
         file = folder / MANIFEST_NAME
         try:
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 manifest = cls.read(stream, folder, str(file))
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(

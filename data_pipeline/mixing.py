@@ -1,6 +1,6 @@
-"""Which source a lane takes its next document from: the one furthest behind its share of tokens.
+"""Which source a lane takes its next document from: the one that leaves the shares of tokens nearest to the weights.
 
-All arithmetic is in integers, so that every machine makes the same choices.
+All arithmetic is in integers, so that every machine makes the same choices. `trial.py` looks further ahead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 
 from longspan.errors import UsageError
 
-# A document counts towards its source's tokens as it is read, and this far ahead. Counting it whole when a lane takes
-# it (the limit of a large value) is exact in the long run only: with documents of megabytes, after 10 M tokens sources
-# were 9% off their shares on average. Counting only what was read makes all lanes that refill together choose alike.
+# A document counts towards its source's tokens as it is read, and this far ahead (a segment, if that is more).
+# Counting it whole when a lane takes it (the limit of a large value) is exact in the long run only: with documents of
+# megabytes, after 10 M tokens sources were 9% off their shares on average. Counting only what was read makes all lanes
+# that refill together choose alike.
 LOOKAHEAD_TOKENS = 49_152
 
 _LARGEST_WEIGHT_SUM = 1 << 30
@@ -70,29 +71,39 @@ def _integers(shares: dict[str, Fraction]) -> dict[str, int]:
     return {name: weight // divisor for name, weight in exact.items()}
 
 
-def tokens_in_view(
-    source: np.ndarray, position: np.ndarray, length: np.ndarray, now: int, num_sources: int
-) -> list[int]:
-    """How much less than their whole length parts in lanes count at `now`, per source.
+def lookahead(segment_tokens: int) -> int:
+    """How many tokens ahead of their reading documents count, with segments of this many."""
+    return max(LOOKAHEAD_TOKENS, segment_tokens)
 
-    A part of more than LOOKAHEAD_TOKENS that started at `position` counts min(length, now - position +
-    LOOKAHEAD_TOKENS); a shorter one counts whole from the start.
+
+def tokens_in_view(
+    source: np.ndarray, position: np.ndarray, length: np.ndarray, step: int, segment_tokens: int, num_sources: int
+) -> list[int]:
+    """How much less than their whole length parts in lanes count at `step`, per source.
+
+    With H = `lookahead(segment_tokens)`, a part of more than H tokens that started at `position` counts
+    min(length, step * segment_tokens - position + H); a shorter one counts whole from the start.
 
     Args:
-        source, position, length: int [m] of the parts. now: position of all lanes.
+        source, position, length: int [m] of the parts. step: now. segment_tokens: of a lane in a step.
 
     Returns:
         Tokens to take off, one number per source.
     """
-    hidden = np.maximum(0, length - (now - position + LOOKAHEAD_TOKENS))
-    hidden[length <= LOOKAHEAD_TOKENS] = 0
+    ahead = lookahead(segment_tokens)
+    hidden = np.maximum(0, length - (step * segment_tokens - position + ahead))
+    hidden[length <= ahead] = 0
     return [int(hidden[source == index].sum()) for index in range(num_sources)]
 
 
 class Credit:
     """Tokens that count for each source, as lanes take parts and steps go by; chooses the next source.
 
-    The largest deficit goes first, ties by order of sources.
+    Of all sources, the one goes next whose next part leaves the smallest sum of squared deficits: least squares
+    rounds to the nearest share, where the largest deficit first would always round up. Ties go by order of sources.
+
+    Attributes:
+        candidates: the sources with a weight. ahead: tokens that a part counts ahead of its reading.
     """
 
     def __init__(
@@ -110,7 +121,10 @@ class Credit:
             lanes: (source, position, tokens) of the parts that are in lanes now.
         """
         self._weights, self._segment_tokens = weights, segment_tokens
-        self._candidates = [index for index, weight in enumerate(weights) if weight]
+        self.ahead = lookahead(segment_tokens)
+        self.candidates = [index for index, weight in enumerate(weights) if weight]
+        self._weight_sum = sum(weights)
+        self._squares = sum(weight * weight for weight in weights)
         # Tokens that count are `_fixed` + `_open` * now, where `_open` is the number of parts that count in part.
         self._fixed, self._open = list(assigned), [0] * len(weights)
         self._counted = list(assigned)
@@ -122,6 +136,20 @@ class Credit:
             self._counted[source] -= length
             self.add(source, step, position - now, length)
 
+    def copy(self) -> Credit:
+        """The same, to try something with."""
+        other = object.__new__(Credit)
+        other.__dict__.update(self.__dict__)
+        other._fixed, other._open, other._counted = self._fixed[:], self._open[:], self._counted[:]
+        other._whole_at = {step: hidden[:] for step, hidden in self._whole_at.items()}
+        return other
+
+    def total(self, step: int) -> int:
+        """Tokens that count at `step`, of the sources with a weight."""
+        if step != self._step:
+            self._go_to(step)
+        return sum([self._counted[index] for index in self.candidates])
+
     def add(self, source: int, step: int, offset: int, length: int) -> None:
         """A lane takes a part of `length` tokens of `source` at `step`, `offset` tokens after the step's first.
 
@@ -129,8 +157,8 @@ class Credit:
         """
         if step != self._step:
             self._go_to(step)
-        partly = LOOKAHEAD_TOKENS - offset
-        if length <= LOOKAHEAD_TOKENS or length <= partly:
+        partly = self.ahead - offset
+        if length <= self.ahead or length <= partly:
             self._fixed[source] += length
             self._counted[source] += length
         else:
@@ -144,16 +172,43 @@ class Credit:
             else:
                 self._whole_at[whole_at] = [hidden]
 
-    def next_source(self, step: int) -> int:
-        """The source furthest behind at `step`, which never goes back."""
+    def next_source(self, step: int, offset: int, lengths: Sequence[int]) -> int:
+        """The source to take from at `step`, which never goes back, `offset` tokens after the step's first.
+
+        Args:
+            lengths: tokens of each source's next part, in order of `candidates`.
+        """
         if step != self._step:
             self._go_to(step)
-        counted, weights, candidates = self._counted, self._weights, self._candidates
-        if len(candidates) == 2:  # which deficit is larger, with less to compute
-            one, two = candidates
-            return one if counted[one] * weights[two] <= counted[two] * weights[one] else two
-        behind = deficits(weights, counted)
-        return max(candidates, key=behind.__getitem__)
+        if len(self.candidates) != 2:
+            return self.ranked(step, offset, lengths)[0]
+        # Two deficits are the same but for the sign. After `one` it is more_one - gap, after `two` more_two + gap.
+        one, two = self.candidates
+        counted, weights, ahead = self._counted, self._weights, self.ahead
+        more_one, more_two = lengths
+        if more_one > ahead:
+            more_one = ahead - offset
+        if more_two > ahead:
+            more_two = ahead - offset
+        gap = counted[two] * weights[one] - counted[one] * weights[two]
+        return one if more_one * weights[two] - more_two * weights[one] <= 2 * gap else two
+
+    def ranked(self, step: int, offset: int, lengths: Sequence[int]) -> list[int]:
+        """The candidates, best first; arguments as of `next_source`."""
+        if step != self._step:
+            self._go_to(step)
+        behind, weights = deficits(self._weights, self._counted), self._weights
+        along = sum([weights[index] * behind[index] for index in self.candidates])
+
+        def squares_more(place: int) -> int:
+            # With x more tokens of source k, deficit_r grows by w_r x, and that of k falls by x sum(w) as well.
+            index, more, whole = self.candidates[place], lengths[place], self._weight_sum
+            if more > self.ahead:
+                more = self.ahead - offset
+            own = whole * (more * (whole - 2 * weights[index]) - 2 * behind[index])
+            return more * (2 * along + more * self._squares + own)
+
+        return [self.candidates[place] for place in sorted(range(len(self.candidates)), key=squares_more)]
 
     def _go_to(self, step: int) -> None:
         for passed in range(self._step + 1, step + 1):

@@ -28,7 +28,7 @@ from longspan.data_pipeline.windows import PieceTable, Windows
 from longspan.errors import UsageError
 
 # Of the rules by which lanes are filled: another number means other batches from the same settings.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 _LOGGER = logging.getLogger("longspan.data")
 _FEWEST_DOCUMENTS_PER_LANE = 8

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.timeline import Cursor, Held
 
 _MOST_SNAPSHOTS = 512
@@ -75,7 +76,7 @@ class Snapshots:
 
     def _load(self, file: Path) -> None:
         try:
-            content = file.read_bytes()
+            content = read_regular(file)
         except OSError:
             return
         seal, payload = content[:64], content[64:]

@@ -23,7 +23,7 @@ from longspan.errors import DataError, UsageError
 MAX_BAD_FRACTION = 0.01
 
 PREFETCH_STEPS = 16
-_BLOCK_TOKENS = 16_384  # of a lane that are read at once, when steps are asked for one after another
+_BLOCK_TOKENS = 32_768  # of a lane that are read at once, when steps are asked for one after another
 
 _LOGGER = logging.getLogger("longspan.data")
 
@@ -66,7 +66,7 @@ class LaneReader:
         self._ahead = Lookahead(plan, documents, lane_start, lane_stop, prefetch_steps)
         self._open: dict[int, OpenDocument] = {}
         # only a part of what is read ahead: the rest is verified meanwhile
-        self._most_steps = min(max(1, _BLOCK_TOKENS // plan.segment_tokens), 1 + prefetch_steps // 4)
+        self._most_steps = min(max(1, _BLOCK_TOKENS // plan.segment_tokens), 1 + prefetch_steps // 2)
         self._block: Block | None = None
         self._buffers = Buffers()
         self._lock = threading.Lock()

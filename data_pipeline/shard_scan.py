@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from longspan.data_pipeline.regular_files import open_descriptor
+
 _BLOCK_BYTES = 512
 _CHUNK_BYTES = 2**20
 _PICKLED = (".pickle", ".pkl", ".pyd", ".pth", ".pt")
@@ -26,8 +28,7 @@ class ShardFile:
     @classmethod
     def open(cls, file: Path) -> ShardFile:
         """Open `file` for reading; `close` it afterwards."""
-        # without O_NONBLOCK, a pipe that stands there would be waited for; files are read as ever
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_descriptor(file)
         return cls(descriptor, os.fstat(descriptor).st_size)
 
     def close(self) -> None:

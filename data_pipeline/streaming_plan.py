@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from longspan.data_pipeline.manifest import Manifest, Split
+from longspan.data_pipeline.manifest import Manifest
 from longspan.data_pipeline.mixing import deficits
 from longspan.data_pipeline.parts import PartSequence, PartTable
 from longspan.data_pipeline.plan import LanePlan, Progress
 from longspan.data_pipeline.timeline import NO_PART, Held, Supply
+from longspan.errors import UsageError
 
 
 class Pass(NamedTuple):
@@ -89,38 +89,8 @@ class StreamPlan(LanePlan):
     """A lane plan whose documents come in the order of a stream of shards.
 
     As a `LanePlan` it is a pure function of the manifest and a few settings, its position is one integer, and every
-    rank computes it. Sources come as the shards hold them: there are no weights.
+    rank computes it. Sources come as the shards hold them: no `source_weights`, no `drain`, no `origin`.
     """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        split: Split = "train",
-        seed: int,
-        lanes: int,
-        segment_tokens: int,
-        quantum: int,
-        boundary: str,
-        max_document_tokens: int | None = None,
-        snapshots: Path | None = None,
-    ) -> None:
-        """Args: as of `LanePlan`.
-
-        Raises:
-            UsageError: settings that do not fit together or the corpus.
-        """
-        super().__init__(
-            manifest,
-            split=split,
-            seed=seed,
-            lanes=lanes,
-            segment_tokens=segment_tokens,
-            quantum=quantum,
-            boundary=boundary,
-            max_document_tokens=max_document_tokens,
-            snapshots=snapshots,
-        )
 
     def description(self) -> dict[str, Any]:
         """Everything that the plan is a function of, JSON-able."""
@@ -144,6 +114,14 @@ class StreamPlan(LanePlan):
         held = cursor.held.where(np.arange(lane_start, lane_stop))
         held = held.where((held.sequence != NO_PART) & (held.end > step * self.segment_tokens))
         return self._stream.passes(int(min(held.ordinal, default=cursor.taken[0])))
+
+    def _check(self, source_weights: object) -> None:
+        super()._check(source_weights)
+        if source_weights is not None or self.drain or self.origin is not None:
+            raise UsageError(
+                "a plan that streams whole shards takes documents as they come: it has no source weights, does not "
+                "end, and cannot be forked. Use the ranged reader for these."
+            )
 
     def _supply(self) -> Supply:
         self._stream = ShardSequence(self.parts, self.manifest, self.seed)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 
 import numpy as np
 
-from longspan.data_pipeline.mixing import Credit
 from longspan.data_pipeline.parts import PartSequence, PartTable
+from longspan.data_pipeline.trial import Grid, Mixer, Upcoming
 
 NO_PART = -1
 _LENGTHS_AT_ONCE = 4096
@@ -108,13 +107,6 @@ class Supply:
         return indices
 
 
-def _lengths(sequence: PartSequence, taken: int, edge_tokens: int) -> Iterator[tuple[int, int]]:
-    """(tokens, edges of the lane) of the parts after the first `taken`, one by one."""
-    while len(lengths := sequence.lengths(taken, _LENGTHS_AT_ONCE)):
-        yield from zip(lengths.tolist(), (-(-lengths // edge_tokens)).tolist(), strict=True)
-        taken += len(lengths)
-
-
 class Timeline:
     """Refills lanes from a supply; the state is in the cursors."""
 
@@ -127,6 +119,7 @@ class Timeline:
         self.supply, self.lanes, self.segment_tokens = supply, lanes, segment_tokens
         self._edge_tokens = edge_tokens
         self._edges = segment_tokens // edge_tokens
+        self._longest = int(supply.parts.num_tokens.max(initial=0))
 
     def start(self) -> Cursor:
         """All lanes empty, before step 0."""
@@ -198,40 +191,38 @@ class Timeline:
         return self._after(cursor, refills, min(step, int(key[0]) // lanes)), refills
 
     def _one_by_one(self, cursor: Cursor, step: int) -> tuple[Cursor, Held]:
-        supply, edges, span = self.supply, self._edges, self.lanes * self._edges
-        credit = self._credit(cursor) if supply.is_mixed else None
-        lengths = [
-            _lengths(sequence, taken, self._edge_tokens)
+        supply, grid = self.supply, Grid(self.lanes, self._edges, self._edge_tokens)
+        queues = [
+            Upcoming(sequence, taken, self._edge_tokens)
             for sequence, taken in zip(supply.sequences, cursor.taken, strict=True)
         ]
-        # One number sorts by step, then lane, and carries the place within the step.
-        place = self._places(cursor)
+        place, edges = self._places(cursor), grid.edges
         heap = ((place // edges * self.lanes + np.arange(self.lanes)) * edges + place % edges).tolist()
         heapify(heap)
-        limit, leap = step * span, span - edges
+        mixer = self._mixer(cursor, grid, heap, queues) if supply.is_mixed else None
         index = supply.only if supply.first is None else supply.first
         first_sources = iter(supply.sources_of_first(cursor.taken[-1]))
         dues: list[int] = []
         chosen: list[int] = []
         sizes: list[int] = []
+        limit, leap = step * grid.span, grid.span - edges
         while (due := heap[0]) < limit:
-            if credit is not None and index != supply.first:
-                index = credit.next_source(due // span)
-            part = next(lengths[index], None)
-            if part is None:
-                if index != supply.first:
-                    break
-                index = supply.only
-                continue
-            length, cost = part
-            inside = due % edges
-            if credit is not None:
-                source = next(first_sources) if index == supply.first else index
-                credit.add(source, due // span, inside * self._edge_tokens, length)
+            if mixer is not None and index != supply.first:
+                index, length, cost = mixer.take(due)
+            else:
+                try:
+                    length, cost = queues[index].take()
+                except LookupError:
+                    if index != supply.first:
+                        break
+                    index = supply.only
+                    continue
+                if mixer is not None:
+                    mixer.give(due, next(first_sources), length)
             dues.append(due)
             chosen.append(index)
             sizes.append(length)
-            heapreplace(heap, due + cost + (inside + cost) // edges * leap)
+            heapreplace(heap, due + cost + (due % edges + cost) // edges * leap)
         refills = self._decode(dues, chosen, sizes, cursor)
         return self._after(cursor, refills, step), refills
 
@@ -262,11 +253,11 @@ class Timeline:
         """Where each lane's next part starts, in edges: int64 [G]."""
         return -(-cursor.held.end // self._edge_tokens)
 
-    def _credit(self, cursor: Cursor) -> Credit:
+    def _mixer(self, cursor: Cursor, grid: Grid, heap: list[int], queues: list[Upcoming]) -> Mixer:
         held = cursor.held.where(cursor.held.sequence != NO_PART)
-        columns = (self.supply.source_of(held).tolist(), held.position.tolist(), held.length.tolist())
-        lanes = zip(*columns, strict=True)
-        return Credit(self.supply.weights, self.segment_tokens, cursor.step, cursor.assigned, lanes)
+        columns = (held.lane, self.supply.source_of(held), held.position, held.length)
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        return Mixer(self.supply.weights, grid, cursor.step, cursor.assigned, rows, heap, queues, self._longest)
 
     def _nothing(self) -> Held:
         empty = np.zeros(0, dtype=np.int64)

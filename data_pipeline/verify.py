@@ -12,6 +12,7 @@ import numpy as np
 
 from longspan.data_pipeline.entries import DocumentEntry, ShardEntry
 from longspan.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.shard_check import shard_problems
 from longspan.data_pipeline.tokenization import load_tokenizer
 from longspan.data_pipeline.tokenization.description import DESCRIPTION_NAME, read_description
@@ -83,7 +84,7 @@ def _tokenizer_problems(manifest: Manifest) -> list[str]:
             for name in sorted(file.name for file in folder.iterdir())
             if name != DESCRIPTION_NAME and name not in description.files
         ]
-        if (folder / DESCRIPTION_NAME).read_bytes() != description.model_dump_json(indent=2).encode() + b"\n":
+        if read_regular(folder / DESCRIPTION_NAME) != description.model_dump_json(indent=2).encode() + b"\n":
             problems.append(f"{TOKENIZER_FOLDER}/{DESCRIPTION_NAME}: not as Longspan writes it; it was changed")
         digest = load_tokenizer(folder).digest
     except (LongspanError, OSError) as error:

@@ -99,7 +99,7 @@ class Window:
             taken=[int(number) for number in taken],
             assigned=[was + new for was, new in zip(self._before.assigned, more, strict=True)],
             unread=[int(unread[source == index].sum()) for index in range(sources)],
-            hidden=tokens_in_view(source, held.position, held.length, step * size, sources),
+            hidden=tokens_in_view(source, held.position, held.length, step, size, sources),
         )
 
     def _cut(self, held: Held) -> None:

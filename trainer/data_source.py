@@ -47,8 +47,6 @@ class DataSource:
             UsageError: settings differ and no fork is allowed, or differ in what no fork can change; names them all.
             DataError: the state is damaged.
         """
-        if isinstance(self.plan, StreamPlan):
-            return self  # cannot be forked; the reader refuses what differs
         plan = continue_plan(self.plan, state, allow_fork=allow_fork, snapshots=plan_cache_folder())
         return replace(self, plan=plan)
 

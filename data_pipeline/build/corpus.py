@@ -33,6 +33,7 @@ from longspan.data_pipeline.manifest import (
     Split,
     vocabulary_entry,
 )
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.tokenization import load_tokenizer
 from longspan.data_pipeline.verify import verify_corpus
 from longspan.errors import LongspanError
@@ -171,7 +172,7 @@ def _identical(out: Path, manifest: Manifest) -> dict[str, Any] | None:
         if Manifest.load(out).digest != manifest.digest:
             return None
         verify_corpus(out)
-        figures = json.loads((out / statistics.STATISTICS_NAME).read_bytes())
+        figures = json.loads(read_regular(out / statistics.STATISTICS_NAME))
     except (LongspanError, OSError, ValueError):
         return None
     return figures if isinstance(figures, dict) else None

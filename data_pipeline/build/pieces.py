@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.data_pipeline.build.workplace import WorkerDied
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.errors import ConfigError, LongspanError, UsageError
 
 # Goes into every name: raise it when a piece of the same payload comes out differently.
@@ -154,7 +155,7 @@ class Workers:
 def _finished(folder: Path, piece: Piece) -> dict[str, Any] | None:
     """The result of an earlier build, if it is there with its output."""
     try:
-        kept = json.loads((folder / f"{piece.key}.json").read_bytes())
+        kept = json.loads(read_regular(folder / f"{piece.key}.json"))
     except (OSError, ValueError):
         return None
     if kept["output"] != _listing(output_of(folder, piece)):

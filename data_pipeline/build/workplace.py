@@ -17,6 +17,7 @@ from pathlib import Path
 from longspan.data_pipeline import statistics
 from longspan.data_pipeline.corpus_config import CorpusConfig
 from longspan.data_pipeline.manifest import MANIFEST_NAME, SCHEMA_NAME, TOKENIZER_FOLDER
+from longspan.data_pipeline.regular_files import open_regular
 from longspan.data_pipeline.shards import SHARD_NAME
 from longspan.data_pipeline.source_config import FolderConfig
 from longspan.data_pipeline.tokenization.description import DESCRIPTION_NAME, read_description
@@ -77,7 +78,7 @@ def check_target(out: Path, config: CorpusConfig) -> None:
 def is_corpus(folder: Path) -> bool:
     """Whether the folder holds our manifest, whole or damaged, and no file that a build does not write."""
     try:
-        with (folder / MANIFEST_NAME).open("rb") as stream:
+        with open_regular(folder / MANIFEST_NAME) as stream:
             ours = f'"schema_name": "{SCHEMA_NAME}"'.encode() in stream.read(_HEAD_BYTES)
         names = {file.name for file in folder.iterdir()} - {MANIFEST_NAME, statistics.STATISTICS_NAME}
         if TOKENIZER_FOLDER in names:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from longspan.data_pipeline.corpus_tools.near_leaks import near_leaks
 from longspan.data_pipeline.corpus_tools.new_corpus import finish, new_corpus
 from longspan.data_pipeline.document_table import DocumentTable
 from longspan.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, ShardEntry, SourceEntry
@@ -29,14 +30,20 @@ def merge_corpora(out: Path, folders: list[Path], progress: Callable[[str], None
 
     Raises:
         UsageError: there are fewer than two corpora, their vocabularies differ, or documents or groups cannot go
-            together: the same id twice, a group or the same text in training here and held out there. Lists them.
+            together: the same id twice, or a group, the same text or a near-duplicate in training here and held out
+            there. Lists them.
         DataError: a shard is missing or has another size than its manifest says.
     """
     if len(folders) < 2:
         raise UsageError(f"{len(folders)} corpus to merge; give two or more folders behind the new one.")
+    places = Counter(folder.resolve() for folder in folders)
+    twice = [str(folder) for folder in dict.fromkeys(folders) if places[folder.resolve()] > 1]
+    if twice:
+        raise UsageError(f"{', '.join(twice)}: the same corpus more than once. Name each corpus once.")
     manifests = [Manifest.load(folder) for folder in folders]
     _check_vocabularies(manifests)
     problems = _collisions(manifests) + _leaks(manifests, "group") + _leaks(manifests, "sha256")
+    problems = problems or near_leaks(manifests, progress)  # which reads all documents
     if problems:
         shown = problems[:_MOST_NAMED]
         if len(problems) > len(shown):
@@ -46,7 +53,7 @@ def merge_corpora(out: Path, folders: list[Path], progress: Callable[[str], None
             "first (`longspan data split CORPUS --out NEW --sources NAMES`, or `--hold-out`), or rename a source in "
             "its recipe and build that corpus again."
         )
-    with new_corpus(out) as place:
+    with new_corpus(out, folders) as place:
         shards: list[ShardEntry] = []
         tables = []
         numbers: Counter[str] = Counter()

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from longspan.data_pipeline.corpus_tools.contents import stored
 from longspan.data_pipeline.corpus_tools.new_corpus import finish, new_corpus
 from longspan.data_pipeline.entries import DocumentEntry, Split
 from longspan.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, did_you_mean
-from longspan.data_pipeline.shard_scan import ShardFile
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.shards import PackedDocument, ShardWriter
 from longspan.data_pipeline.tokenization import load_tokenizer
 from longspan.data_pipeline.tokenization.base import Encoded, Tokenizer
-from longspan.errors import DataError, UsageError
+from longspan.errors import UsageError
 
-_LENGTH_BYTES = 2
 _MOST_NAMED = 20
 
 
@@ -45,7 +45,7 @@ class HoldOut:
                 raise UsageError(f"--hold-out {text}: a fraction lies between 0 and 1, e.g. 0.01; else name a file.")
             return cls(fraction=fraction)
         try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
+            lines = read_regular(Path(text)).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise UsageError(
@@ -91,7 +91,7 @@ def split_corpus(
         raise UsageError(f"zero training documents: all {len(entries)} are held out. Hold out fewer.")
     tokenizer = None if manifest.vocabulary.kind == "bytes" else load_tokenizer(folder / TOKENIZER_FOLDER)
     shard_bytes = max(shard.size for shard in manifest.shards)
-    with new_corpus(out) as place:
+    with new_corpus(out, [folder]) as place:
         splits: tuple[Split, ...] = ("train", "held_out")
         writers = {
             split: ShardWriter(place.building, split, shard_bytes, tokenizer, progress=progress) for split in splits
@@ -173,25 +173,7 @@ def _contents(
 ) -> Iterator[tuple[PackedDocument, Encoded | None]]:
     """Each document with its text, or with its tokens if it has some; its hash is checked."""
     for entry in entries:
-        try:
-            file = ShardFile.open(manifest.folder / entry.shard)
-        except OSError as error:
-            raise DataError(
-                f"shard {entry.shard} of {manifest.folder}, with document {entry.id}, cannot be read: "
-                f"{error.strerror}. See `longspan data verify {manifest.folder}`."
-            ) from None
-        try:
-            content = file.read(entry.offset, entry.size)
-            lengths = b""
-            if tokenizer is not None:
-                lengths = file.read(entry.lengths_offset, _LENGTH_BYTES * entry.num_tokens)
-        finally:
-            file.close()
-        if hashlib.sha256(content + lengths).hexdigest() != entry.sha256:
-            raise DataError(
-                f"document {entry.id} does not match its sha256 {entry.sha256[:16]}: shard {entry.shard}, byte offset "
-                f"{entry.offset} to {entry.offset + entry.size}. See `longspan data verify {manifest.folder}`."
-            )
+        content, lengths = stored(manifest.folder, entry, tokenizer is None)
         encoded = None
         if tokenizer is not None:
             ids = np.frombuffer(content, dtype=tokenizer.token_dtype.newbyteorder("<"))

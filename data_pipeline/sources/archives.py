@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from longspan.data_pipeline.regular_files import open_regular
 from longspan.data_pipeline.sources.compressed import WrongSuffixError, decompressed
 from longspan.data_pipeline.sources.tally import Tally
 from longspan.errors import DataError
@@ -81,7 +82,7 @@ def archive_files(file: Path, takes: Takes, tally: Tally) -> Iterator[tuple[str,
         OSError, EOFError, WrongSuffixError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error,
         zstandard.ZstdError, NotImplementedError: the archive is damaged, encrypted, or of another kind.
     """
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         head = stream.read(8)
         stream.seek(0)
         if head.startswith(_ZIP_MAGIC):

@@ -13,6 +13,7 @@ import zstandard
 
 from longspan.data_pipeline.cleaning.encoding import repair_encoding
 from longspan.data_pipeline.cleaning.registry import Cleaner
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.source_config import ArxivConfig
 from longspan.data_pipeline.sources.archives import archive_files
 from longspan.data_pipeline.sources.compressed import WrongSuffixError, decompressed, read_limited
@@ -69,7 +70,7 @@ def _papers(config: ArxivConfig, tally: Tally) -> Iterator[tuple[str, bytes]]:
             if config.bulk:
                 yield from archive_files(file, takes, tally)
             elif takes(place.name, file.stat().st_size):
-                yield place.name, file.read_bytes()
+                yield place.name, read_regular(file)
 
 
 def _paper(name: str, data: bytes, tally: Tally) -> str | None:

@@ -11,6 +11,8 @@ from typing import IO, BinaryIO
 
 import zstandard
 
+from longspan.data_pipeline.regular_files import open_regular
+
 _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 _SIGNATURES = {
     ".gz": _GZIP,
@@ -36,7 +38,7 @@ def open_decompressed(path: Path) -> BinaryIO:
         WrongSuffixError: the name says compressed, the first bytes do not.
         OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError: while reading, of a damaged file.
     """
-    stream = path.open("rb")
+    stream = open_regular(path)
     try:
         return decompressed(stream, path.name)
     except BaseException:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longspan.data_pipeline.cleaning.registry import Cleaner
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.source_config import FolderConfig
 from longspan.data_pipeline.sources.archives import Selection, matches
 from longspan.data_pipeline.sources.grouping import SourceFile, group_of, joined_groups, natural
@@ -70,7 +71,7 @@ def _texts(root: Path, names: list[str], config: FolderConfig, tally: Tally) -> 
     cleaner, unreadable = Cleaner(config.clean), UnreadableFiles()
     for name in names:
         try:
-            data = (root / name).read_bytes()
+            data = read_regular(root / name)
             text = cleaned_text(cleaner, name, data, tally)
         except (UnicodeDecodeError, OSError) as error:
             unreadable.add(root / name, error)

@@ -13,6 +13,8 @@ from longspan.data_pipeline.sources.tally import Tally
 from longspan.data_pipeline.sources.text import SourceDocument
 from longspan.errors import DataError
 
+_UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")  # control characters, and what ends a line elsewhere
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -43,13 +45,25 @@ def natural(path: str) -> list[tuple[int, str]]:
     return key
 
 
+def file_header(path: str) -> bytes:
+    """The line before a file's text, `# file: PATH`; what would end the line or is not seen is written as an escape.
+
+    So that no name of a file can look like a line of text, or like the header of another file.
+    """
+    return b"# file: " + _UNSEEN.sub(_escaped, path).encode("utf-8") + b"\n"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
+
+
 def join_files(files: Iterable[tuple[str, bytes]], headers: bool) -> bytes:
     """One document of path and UTF-8 text of files, in this order.
 
-    With headers each file is `# file: PATH`, its text and a line end; without, texts are parted by an empty line.
+    With headers each file is `file_header`, its text and a line end; without, texts are parted by an empty line.
     """
     if headers:
-        return b"\n".join(b"# file: " + path.encode("utf-8") + b"\n" + text.rstrip() + b"\n" for path, text in files)
+        return b"\n".join(file_header(path) + text.rstrip() + b"\n" for path, text in files)
     return b"\n\n".join(text.strip() for _, text in files) + b"\n"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.source_config import LongRangeArenaConfig
 from longspan.data_pipeline.sources.archives import archive_files, matches
 from longspan.data_pipeline.sources.grouping import natural
@@ -83,7 +84,7 @@ def _files(config: LongRangeArenaConfig, pattern: str, tally: Tally) -> Iterator
         names = (file.relative_to(root).as_posix() for file in root.rglob("*") if not file.is_symlink())
         for name in sorted((name for name in names if matches(f"/{name}", (pattern,))), key=natural):
             found = True
-            yield name, (root / name).read_bytes()
+            yield name, read_regular(root / name)
     else:
         for place in find_places(config.name, [config.path]):
             with local_file(config.name, place) as file:

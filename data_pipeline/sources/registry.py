@@ -52,11 +52,19 @@ def open_source(config: SourceConfig) -> SourceText:
     """
     text = _READERS[config.kind](config)
     shortest = config.min_document_bytes if isinstance(config, CleanedConfig) else 1
-    return SourceText(_checked(text.documents, shortest, text.tally), text.origin, text.tally)
+    return SourceText(
+        _checked(text.documents, shortest, text.tally, hasattr(config, "id_field")), text.origin, text.tally
+    )
 
 
-def _checked(documents: Iterable[SourceDocument], shortest: int, tally: Tally) -> Iterator[SourceDocument]:
-    """The documents that hold text; ids are hashed to 8 bytes, so that a million of them stay small."""
+def _checked(
+    documents: Iterable[SourceDocument], shortest: int, tally: Tally, has_ids: bool
+) -> Iterator[SourceDocument]:
+    """The documents that hold text; ids are hashed to 8 bytes, so that a million of them stay small.
+
+    Args:
+        has_ids: whether the recipe can say which field holds them.
+    """
     seen: set[int] = set()
     for document in documents:
         if not document.text.strip():
@@ -67,9 +75,10 @@ def _checked(documents: Iterable[SourceDocument], shortest: int, tally: Tally) -
             continue
         key = int.from_bytes(blake2b(document.name.encode("utf-8"), digest_size=8).digest())
         if key in seen:
+            remedy = "set `id_field` to a field that tells them apart" if has_ids else "choose a narrower pattern"
             raise UsageError(
-                f"source {tally.source}: two documents are named {document.name}. Names are ids: choose another id "
-                f"field, another form, or a narrower pattern."
+                f"source {tally.source}: two documents are named {document.name}. Names are ids: {remedy}, or make "
+                f"sources of their own of them."
             )
         seen.add(key)
         yield document

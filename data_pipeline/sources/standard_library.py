@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from longspan.data_pipeline.source_config import StandardLibraryConfig
+from longspan.data_pipeline.sources.grouping import file_header
 from longspan.data_pipeline.sources.tally import Tally
 from longspan.data_pipeline.sources.text import SourceDocument, SourceText, read_utf8
 from longspan.errors import UsageError
@@ -72,5 +73,5 @@ def _join(files: list[Path], root: Path) -> bytes:
     for file, text in zip(files, read_utf8(files), strict=True):
         body = text.replace(b"\r\n", b"\n").rstrip(b"\n")
         if body:
-            texts.append(f"# file: {file.relative_to(root).as_posix()}\n".encode() + body + b"\n")
+            texts.append(file_header(file.relative_to(root).as_posix()) + body + b"\n")
     return b"\n".join(texts)

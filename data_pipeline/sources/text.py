@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longspan.data_pipeline.cleaning.registry import Cleaner
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.sources.tally import Tally
 from longspan.errors import UsageError
 
@@ -108,7 +109,7 @@ def read_utf8(files: list[Path]) -> list[bytes]:
     texts, unreadable = [], UnreadableFiles()
     for file in files:
         try:
-            text = file.read_bytes()
+            text = read_regular(file)
             text.decode("utf-8")
             texts.append(text)
         except (UnicodeDecodeError, OSError) as error:

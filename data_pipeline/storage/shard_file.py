@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from longspan.data_pipeline.regular_files import open_descriptor
+
 
 class ShardFile:
     """A file that stays open while somebody refers to it.
@@ -21,7 +23,7 @@ class ShardFile:
             OSError: it cannot be opened.
         """
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_descriptor(path)
 
     def read_into(self, offset: int, out: memoryview | bytearray | np.ndarray) -> int:
         """Fill `out` (contiguous) with bytes from `offset` on; returns how many came before the end of the file.

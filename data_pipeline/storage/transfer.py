@@ -138,7 +138,7 @@ class Transfers:
         if failures >= self.policy.attempts:
             raise StorageError(
                 f"{self.store.address}: {name} could not be read in {failures} attempts. Last: {error}. "
-                f"Check address and network; nothing is lost, the run can be resumed."
+                f"Check address and network, then start again: what was done before is kept."
             ) from error
         delay = self.policy.delay(failures)
         _LOGGER.warning(

@@ -17,6 +17,7 @@ from longspan.errors import UsageError
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIALS) + 256 + 1
 TRAIN_BYTES = 64_000_000
+VOCAB_SIZE = 32_000  # unless a recipe says another
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int, train_bytes: int = TRAIN_BYTES) -> FileTokenizer:

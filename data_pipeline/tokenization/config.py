@@ -21,8 +21,11 @@ class BpeTokenizerConfig(_Schema):
     """Byte-level byte-pair encoding, trained on the corpus itself unless `path` names a trained one."""
 
     kind: Literal["bpe"]
-    vocab_size: int = Field(
-        32_000, ge=260, description="ids in all: 3 specials, 256 bytes and the merges; above 65,535 ids take 4 bytes"
+    vocab_size: int | None = Field(
+        None,
+        ge=260,
+        description="ids in all: 3 specials, 256 bytes and the merges; above 65,535 ids take 4 bytes; 32,000 if it is "
+        "trained, those of the tokenizer at `path` if that is set",
     )
     train_bytes: int = Field(
         64_000_000, ge=1, description="text that training looks at, an even sample of the training documents"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.tokenization.base import Tokenizer, TokenizerKind
 from longspan.errors import UsageError
 
@@ -95,7 +96,7 @@ def read_description(folder: Path) -> Description:
     """
     file = folder / DESCRIPTION_NAME
     try:
-        raw = json.loads(file.read_bytes())
+        raw = json.loads(read_regular(file))
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UsageError(
@@ -124,7 +125,7 @@ def read_files(folder: Path, description: Description) -> dict[str, bytes]:
     files, problems = {}, []
     for name, expected in description.files.items():
         try:
-            files[name] = (folder / name).read_bytes()
+            files[name] = read_regular(folder / name)
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
             continue

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from longspan.data_pipeline.tokenization.base import Tokenizer
-from longspan.data_pipeline.tokenization.bpe import bpe_tokenizer, train_bpe
+from longspan.data_pipeline.tokenization.bpe import VOCAB_SIZE, bpe_tokenizer, train_bpe
 from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
 from longspan.data_pipeline.tokenization.config import (
     BpeTokenizerConfig,
@@ -25,7 +25,9 @@ def make(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenizer:
     if isinstance(config, BytesTokenizerConfig):
         return ByteTokenizer()
     if isinstance(config, BpeTokenizerConfig):
-        return _saved_bpe(config) if config.path else train_bpe(texts, config.vocab_size, config.train_bytes)
+        return (
+            _saved_bpe(config) if config.path else train_bpe(texts, config.vocab_size or VOCAB_SIZE, config.train_bytes)
+        )
     path = Path(config.path).expanduser()
     if isinstance(config, SentencePieceTokenizerConfig):
         return sentence_piece_tokenizer(_name(path), read_sentence_piece(path))
@@ -60,10 +62,11 @@ def _from_files(description: Description, files: dict[str, bytes]) -> Tokenizer:
 def _saved_bpe(config: BpeTokenizerConfig) -> Tokenizer:
     folder = Path(config.path or "").expanduser()
     tokenizer = load(folder)
-    if tokenizer.kind != "bpe" or ("vocab_size" in config.model_fields_set and tokenizer.size != config.vocab_size):
+    if tokenizer.kind != "bpe" or config.vocab_size not in (None, tokenizer.size):
+        size = "" if config.vocab_size is None else f" with vocab_size {config.vocab_size}"
         raise UsageError(
-            f"the recipe asks for bpe with vocab_size {config.vocab_size}, the tokenizer at {folder} is "
-            f"{tokenizer.kind} with {tokenizer.size} ids. Change `vocab_size`, `kind` or `path`."
+            f"the recipe asks for bpe{size}, the tokenizer at {folder} is {tokenizer.kind} with {tokenizer.size} ids. "
+            f"Change `vocab_size`, `kind` or `path`."
         )
     return tokenizer
 

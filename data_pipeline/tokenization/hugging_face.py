@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.tokenization.base import TokenizerKind
 from longspan.data_pipeline.tokenization.byte_level import byte_level_engine
 from longspan.data_pipeline.tokenization.file_tokenizer import Engine, FileTokenizer
@@ -54,8 +55,8 @@ def read_hugging_face(path: Path) -> dict[str, bytes]:
     folder = path if path.is_dir() else path.parent
     main = path / TOKENIZER_NAME if path.is_dir() else path
     try:
-        files = {TOKENIZER_NAME: main.read_bytes()}
-        files.update({name: (folder / name).read_bytes() for name in CONFIG_NAMES if (folder / name).is_file()})
+        files = {TOKENIZER_NAME: read_regular(main)}
+        files.update({name: read_regular(folder / name) for name in CONFIG_NAMES if (folder / name).is_file()})
     except OSError as error:
         raise UsageError(
             f"no Hugging Face tokenizer at {path}: {main}: {error.strerror}. Give the folder that holds "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from longspan.data_pipeline.regular_files import read_regular
 from longspan.data_pipeline.tokenization.file_tokenizer import FileTokenizer
 from longspan.data_pipeline.tokenization.offsets import OffsetEngine
 from longspan.errors import UsageError
@@ -49,7 +50,7 @@ def read_sentence_piece(path: Path) -> dict[str, bytes]:
             raise UsageError(f"{path} must hold one SentencePiece model (*.model*), found: {names}. Name the file.")
         file = found[0]
     try:
-        return {MODEL_NAME: file.read_bytes()}
+        return {MODEL_NAME: read_regular(file)}
     except OSError as error:
         raise UsageError(f"no SentencePiece model at {file}: {error.strerror}. Name a *.model file.") from None
 

@@ -14,6 +14,7 @@ from longspan.data_pipeline.corpus_tools.split import HoldOut, split_corpus
 from longspan.data_pipeline.corpus_tools.summary import summarise
 from longspan.data_pipeline.documents import DocumentReader
 from longspan.data_pipeline.manifest import Manifest
+from longspan.data_pipeline.statistics import xz_bytes
 from longspan.data_pipeline.verify import verify_corpus
 from longspan.errors import DataError, UsageError
 from longspan.trainer.cli import main
@@ -147,7 +148,8 @@ def test_a_merge_that_cannot_be_lists_why(tmp_path, capsys):
     assert f"letters/a.txt of {first.folder} is of the same group as copies/z, held out in {leak.folder}" in message
     assert "Only corpora of one tokenizer can be merged" in refused(first.folder, tokens.folder)
     assert "give two or more" in refused(first.folder)
-    assert "document letters/a.txt is in" in refused(first.folder, first.folder)
+    assert f"{first.folder}: the same corpus more than once" in refused(first.folder, first.folder)
+    assert "the same corpus more than once" in refused(first.folder, clash.folder / ".." / "first")
     assert "no corpus at" in refused(first.folder, tmp_path / "nowhere")
 
 
@@ -157,12 +159,18 @@ def test_a_merge_leaves_alone_what_is_there_and_damage_where_it_is(tmp_path):
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(UsageError, match="exists already and stays as it is"):
         merge(tmp_path / "thesis", first.folder, second.folder)
-    with pytest.raises(UsageError, match="exists already"):
-        merge(second.folder, first.folder, second.folder)
+    for out in (second.folder, first.folder / "merged"):
+        with pytest.raises(UsageError, match=r"(is|lies inside) the corpus at .*stays as it is"):
+            merge(out, first.folder, second.folder)
     (second.folder / "train-00000.tar").unlink()
-    with pytest.raises(DataError, match=r"shard train-00000.tar of .*second is missing"):
+    with pytest.raises(DataError, match=r"shard train-00000.tar of .*second, with document letters/z.txt, cannot be"):
         merge(tmp_path / "out" / "merged", first.folder, second.folder)
-    untouched(tmp_path, "first", "second", "thesis")
+    split_corpus(first.folder, tmp_path / "third", sources=["letters"])  # without held-out documents none is read
+    (tmp_path / "third" / "train-00000.tar").unlink()
+    essays = pack(tmp_path / "essays", {"essays/q.txt": b"an essay"}, held_out=())
+    with pytest.raises(DataError, match=r"shard train-00000.tar of .*third is missing"):
+        merge(tmp_path / "out" / "merged", tmp_path / "third", essays.folder)
+    untouched(tmp_path, "essays", "first", "second", "thesis", "third")
     untouched(tmp_path / "thesis", "chapter.txt")
 
 
@@ -219,6 +227,44 @@ def test_a_fraction_holds_out_whole_groups_of_every_source(tmp_path):
         assert all((other in held_out) == (name in held_out) for other in texts if groups[other] == groups[name])
     again = split_corpus(corpus.folder, tmp_path / "two" / "new", hold_out=HoldOut(fraction=0.1))
     assert again.to_json() == first.to_json()
+
+
+def test_a_merge_finds_near_duplicates_of_held_out_documents(tmp_path, tokenizer, capsys):
+    words = [f"word{number % 97}x{number // 7}" for number in range(600)]
+    changed = [*words[:300], "another", *words[301:]]
+    texts = {"poems/kept.txt": " ".join(words).encode(), "poems/other.txt": b"quite another text, " * 9}
+    first = pack(tmp_path / "first", texts, held_out=("poems/kept.txt",), tokenizer=tokenizer)
+    second = pack(tmp_path / "second", {"songs/new.txt": " ".join(changed).encode()}, held_out=(), tokenizer=tokenizer)
+    assert main(["data", "merge", str(tmp_path / "out"), str(first.folder), str(second.folder)]) == 2
+    message = capsys.readouterr().err
+    assert f"comparing the 2 documents of {first.folder} with the others" in message
+    assert f"document songs/new.txt of {second.folder} is a near-duplicate of poems/kept.txt, held out in" in message
+    assert "other.txt" not in message
+    untouched(tmp_path, "first", "second")
+
+
+def test_new_corpora_have_statistics(tmp_path, tokenizer):
+    """Those of a build of the same documents: counts, and what byte statistics reach on the held-out text."""
+    corpus = pack(tmp_path / "corpus", tokenizer=tokenizer)
+    split_corpus(corpus.folder, tmp_path / "split", sources=["poems"])
+    merge(tmp_path / "merged", corpus.folder, pack(tmp_path / "more", MORE, held_out=(), tokenizer=tokenizer).folder)
+    figures = json.loads((tmp_path / "split" / "statistics.json").read_text())
+    text = TEXTS["poems/h.txt"]
+    assert figures["totals"]["train"]["bytes"] == len(TEXTS["poems/g.txt"]) + len(TEXTS["poems/i.txt"])
+    assert figures["held_out"]["xz_bits_per_byte"] == 8 * xz_bytes(text) / len(text)
+    assert figures["held_out"]["unigram_bits_per_byte"] == 0  # one letter
+    merged = json.loads((tmp_path / "merged" / "statistics.json").read_text())
+    assert merged["held_out"] == figures["held_out"]
+    assert merged["counts"]["letters"]["train"]["documents"] == 7
+
+
+def test_a_split_does_not_go_into_its_own_corpus(tmp_path, capsys):
+    corpus = pack(tmp_path / "corpus")
+    before = sorted(item.name for item in corpus.folder.iterdir())
+    for out, where in ((corpus.folder / "sub", "lies inside"), (corpus.folder, "is")):
+        assert main(["data", "split", str(corpus.folder), "--out", str(out), "--sources", "poems"]) == 2
+        assert f"{out} {where} the corpus at {corpus.folder}, which stays as it is" in capsys.readouterr().err
+    untouched(corpus.folder, *before)
 
 
 def test_a_split_that_does_not_fit_is_refused(tmp_path, capsys):

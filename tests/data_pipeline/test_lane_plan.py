@@ -145,22 +145,27 @@ def test_seeking_far_keeps_few_snapshots_and_stays_right():
 
 
 def test_refills_follow_an_independent_walk():
-    """Against a plain step-by-step walk: greedy by deficit over (step, lane), written without heap and snapshots."""
+    """Against a plain step-by-step walk: least squares over (step, lane), written without heap and snapshots."""
     lengths = {"a": [40, 3, 17, 90, 5], "b": [8, 60]}
     plan = make_plan(lengths, source_weights={"a": 0.28, "b": 0.72})
     orders = {}
     for stay in placements(lambda step: plan.pieces(step, 0, 3), 600, Q):
         document = plan.manifest.documents[stay["part"].document]
         orders.setdefault(document.source, []).append(document)
-    weights, assigned = {"a": 28, "b": 72}, {"a": 0, "b": 0}
-    free, queues = [0, 0, 0], {source: iter(order) for source, order in orders.items()}
+    assigned = {"a": 0, "b": 0}
+    free, queues = [0, 0, 0], {source: order[::-1] for source, order in orders.items()}
+
+    def distance(source):
+        after = assigned["a"] + queues["a"][-1].num_tokens * (source == "a")
+        total = after + assigned["b"] + queues["b"][-1].num_tokens * (source == "b")
+        return abs(28 * total - 100 * after), source
+
     for step in range(500):
         for lane in range(3):
             starts = [p for p in plan.pieces(step, lane, lane + 1) if p.start == 0]
             while free[lane] < (step + 1) * T:
-                total = sum(assigned.values())
-                source = max("ab", key=lambda s: (weights[s] * total - 100 * assigned[s], s == "a"))
-                document = next(queues[source])
+                source = min("ab", key=distance)
+                document = queues[source].pop()
                 piece = starts.pop(0)
                 assert plan.manifest.documents[piece.part.document].id == document.id
                 assert step * T + piece.column == free[lane]

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 from plan_manifests import manifest_of_columns, manifest_of_lengths, reference_plan, shares_by_size
 
-from longspan.data_pipeline import mixing, timeline
+from longspan.data_pipeline import mixing, timeline, trial
 from longspan.data_pipeline.plan import LanePlan
 
 STEPS = 16
@@ -90,12 +90,13 @@ def check_stays(plan, all_rows, limit):
 def test_five_hundred_random_plans_equal_the_plain_planner(monkeypatch):
     documents_started = 0
     for seed in range(500):
-        lookahead = random.Random(-seed).choice([8, 64, 1 << 15])
-        monkeypatch.setattr(mixing, "LOOKAHEAD_TOKENS", lookahead)
+        rng = random.Random(-seed)
+        monkeypatch.setattr(mixing, "LOOKAHEAD_TOKENS", rng.choice([8, 64, 1 << 15]))
+        monkeypatch.setattr(trial, "TRIED_SHARE", rng.choice([0, 0, 2, 10, 256]))
         lengths, shares, limit, settings = random_settings(seed)
         plan = LanePlan(manifest_of_lengths(lengths), source_weights=shares, max_document_tokens=limit, **settings)
         shares = shares or shares_by_size(lengths)
-        expected = reference_plan(lengths, STEPS, shares=shares, limit=limit, lookahead=lookahead, **settings)
+        expected = reference_plan(lengths, STEPS, shares=shares, limit=limit, **settings)
         found = [rows(plan, step) for step in range(STEPS)]
         assert found == expected, f"seed {seed}"
         documents_started += check_stays(plan, found, limit)

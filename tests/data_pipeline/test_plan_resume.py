@@ -50,39 +50,51 @@ def make_plan(corpus):
     )
 
 
-def global_batch(readers, step):
-    """The ranks' batches of a step as one, as bytes."""
-    parts = [reader.batch(step) for reader in readers]
-    return b"".join(torch.cat([getattr(part, name) for part in parts]).numpy().tobytes() for name in TENSORS)
-
-
-def ranks(corpus, documents, number):
+def ranks(corpus, documents, number, prefetch_steps=0):
     """Each rank with a plan of its own, as in processes of their own."""
     rows = LANES // number
     return [
-        LaneReader(make_plan(corpus), documents, rank * rows, (rank + 1) * rows, prefetch_steps=0)
+        LaneReader(make_plan(corpus), documents, rank * rows, (rank + 1) * rows, prefetch_steps=prefetch_steps)
         for rank in range(number)
     ]
 
 
-def test_resume_at_every_step_with_another_number_of_ranks(corpus, documents):
-    """The state of every step k of a run on 1, 2 or 4 ranks, taken up by fresh readers on 1, 2 or 4 others."""
-    straight = ranks(corpus, documents, 1)
-    expected = [global_batch(straight, step) for step in range(STEPS)]
-    assert len(set(expected)) == STEPS
-    for before in (1, 2, 4):
-        running = ranks(corpus, documents, before)
-        states = []
+def rows_of(batch):
+    """All that a batch holds, as bytes of each of its lanes."""
+    tensors = [getattr(batch, name).numpy() for name in TENSORS]
+    return [b"".join(tensor[row].tobytes() for tensor in tensors) for row in range(len(batch.lane_ids))]
+
+
+@pytest.mark.parametrize("numbers", [1, pytest.param(3, marks=pytest.mark.long)], ids=["in turn", "all"])
+def test_resume_at_every_step_with_another_number_of_ranks(corpus, documents, numbers):
+    """Fresh readers on 1, 2 or 4 ranks go on from the state of every step, and give all of the rest of the run.
+
+    Runs on 1, 2 and 4 ranks have the same batches and the same states, so that each number of ranks is followed by
+    each. Batches are compared lane by lane, with the whole of what the straight run gave. The long test resumes every
+    state on all three numbers of ranks, the other on one of them in turn.
+    """
+    (straight,) = ranks(corpus, documents, 1)
+    expected, states = [], []
+    for step in range(STEPS):
+        states.append(json.dumps(straight.state(step)))
+        expected.append(rows_of(straight.batch(step)))
+    assert len({b"".join(rows) for rows in expected}) == STEPS
+    for number in (2, 4):
+        running = ranks(corpus, documents, number)
         for step in range(STEPS):
-            states.append(json.loads(json.dumps(running[step % before].state(step))))
-            assert global_batch(running, step) == expected[step]
-        for step, state in enumerate(states):
-            after = (1, 2, 4)[(step + before) % 3]
-            resumed = ranks(corpus, documents, after)
+            assert all(json.dumps(reader.state(step)) == states[step] for reader in running)
+            assert [row for reader in running for row in rows_of(reader.batch(step))] == expected[step]
+    compared = 0
+    for step, state in enumerate(states):
+        for number in [(1, 2, 4)[(step + turn) % 3] for turn in range(numbers)]:
+            resumed = ranks(corpus, documents, number, prefetch_steps=16)
             for reader in resumed:
-                reader.check_state(state)
-            for going_on in range(step, min(step + 2, STEPS)):
-                assert global_batch(resumed, going_on) == expected[going_on], f"step {step}, {before} to {after} ranks"
+                reader.check_state(json.loads(state))
+            for later in range(step, STEPS):
+                found = [row for reader in resumed for row in rows_of(reader.batch(later))]
+                assert found == expected[later], f"step {later} after a resume at step {step} on {number} ranks"
+                compared += 1
+    assert compared == numbers * STEPS * (STEPS + 1) // 2
 
 
 def test_a_state_resumes_as_the_plan_of_the_configuration(corpus):

@@ -15,7 +15,15 @@ import pytest
 import zstandard
 
 from longspan.data_pipeline.source_config import ArchiveConfig, FolderConfig
-from longspan.data_pipeline.sources.grouping import SourceFile, group_of, joined_groups, natural, sorted_groups
+from longspan.data_pipeline.sources.grouping import (
+    SourceFile,
+    file_header,
+    group_of,
+    join_files,
+    joined_groups,
+    natural,
+    sorted_groups,
+)
 from longspan.data_pipeline.sources.registry import open_source
 from longspan.data_pipeline.sources.tally import Tally
 from longspan.errors import UsageError
@@ -243,3 +251,18 @@ def test_natural_order_knows_any_number_and_only_plain_digits() -> None:
         *("c02", "c²", "c٣", "x9", "x10", "x" + long),
         "x1" + "0" * 5000,
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.py", b"# file: a.py\n"),
+        ("a\n# file: b.py", b"# file: a\\n# file: b.py\n"),
+        ("a\r\x1b[2Jb", b"# file: a\\r\\x1b[2Jb\n"),
+        ("a\u2028b\x85c", b"# file: a\\u2028b\\x85c\n"),
+        ("Übung 1.txt", "# file: Übung 1.txt\n".encode()),
+    ],
+)
+def test_no_file_name_forges_a_header(name, header):
+    assert file_header(name) == header
+    assert join_files([(name, b"text")], headers=True) == header + b"text\n"

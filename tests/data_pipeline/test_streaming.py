@@ -14,7 +14,9 @@ from shard_server import ShardServer
 
 from longspan.data_pipeline.corpus import StorageSettings, open_corpus
 from longspan.data_pipeline.documents import DocumentReader
+from longspan.data_pipeline.fork import continue_plan
 from longspan.data_pipeline.manifest import Manifest
+from longspan.data_pipeline.plan import LanePlan
 from longspan.data_pipeline.reader import LaneReader
 from longspan.data_pipeline.storage.retry import RetryPolicy
 from longspan.data_pipeline.streaming import StreamedDocuments
@@ -48,6 +50,10 @@ def plan_of(manifest, **changes):
     return StreamPlan(
         manifest, **{"seed": 3, "lanes": LANES, "segment_tokens": T, "quantum": Q, "boundary": "pack", **changes}
     )
+
+
+def lane_plan(manifest):
+    return LanePlan(manifest, seed=3, lanes=LANES, segment_tokens=T, quantum=Q, boundary="pack")
 
 
 def open_stream(manifest, start=0, stop=LANES, documents=None, prefetch_steps=4, **changes):
@@ -228,3 +234,21 @@ def test_documents_are_the_ones_that_were_written(corpus):
         ids = random_document(RandomIds(), number, LENGTHS[number]).ids
         size = min(T, len(ids))
         assert np.array_equal(batch.tokens[row, :size].numpy(), ids[:size])
+
+
+def test_a_stream_goes_on_as_it_was_and_is_not_forked(corpus):
+    state = json.loads(json.dumps(ranged(corpus).state(30)))
+    plan = plan_of(corpus)
+    assert continue_plan(plan, state, allow_fork=True) is plan
+    for other in (plan_of(corpus, segment_tokens=2 * T), plan_of(corpus, seed=4), lane_plan(corpus)):
+        with pytest.raises(UsageError, match=r"data.reader = streaming\) cannot be forked: set them back to resume"):
+            continue_plan(other, state, allow_fork=True)
+    saved = json.loads(json.dumps(LaneReader(lane_plan(corpus), DocumentReader(corpus), 0, LANES).state(30)))
+    with pytest.raises(UsageError, match="order: None saved, shards now"):
+        continue_plan(plan, saved, allow_fork=True)
+
+
+@pytest.mark.parametrize("settings", [{"source_weights": {"letters": 1, "poems": 0}}, {"drain": True}])
+def test_a_stream_takes_documents_as_they_come(corpus, settings):
+    with pytest.raises(UsageError, match="takes documents as they come: it has no source weights, does not end"):
+        plan_of(corpus, **settings)

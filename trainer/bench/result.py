@@ -58,8 +58,23 @@ class Ratio:
     value: float
 
 
+class Reported:
+    """What the results of all benchmarks can do: dataclasses with rows of `contender` and `status`."""
+
+    rows: tuple[Any, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # of the dataclass that this is
+
+    @property
+    def failures(self) -> list[Any]:
+        """Rows of our own that should have been measured and were not."""
+        return [row for row in self.rows if row.contender == OURS and row.status == "failed"]
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Reported):
     """Everything about one run of one benchmark."""
 
     benchmark: str
@@ -76,15 +91,6 @@ class Result:
     compile_caches_at_start: dict[str, int]
     seconds: float
     notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @property
-    def failures(self) -> list[Row]:
-        """Rows of our own that should have been measured and were not."""
-        return [row for row in self.rows if row.contender == OURS and row.status == "failed"]
 
 
 OURS = "longspan"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from longspan.trainer.bench.result import OURS, Ratio, Status
+from longspan.trainer.bench.result import Ratio, Reported, Status
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def row_of(contender: str, case: str, passes: Sequence[Pass], bar: Bar | None = 
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Reported):
     """Everything about one run.
 
     Attributes:
@@ -137,12 +137,3 @@ class Result:
     ratios: tuple[Ratio, ...]
     seconds: float
     notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @property
-    def failures(self) -> list[Row]:
-        """Rows of our own that should have been measured and were not."""
-        return [row for row in self.rows if row.contender == OURS and row.status == "failed"]
