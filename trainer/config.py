@@ -67,6 +67,9 @@ class CheckpointConfig(Section):
 
     interval_steps: int = Field(1000, ge=1, description="steps between saves; the last step is always saved")
     keep_last: int = Field(3, ge=1, description="newest checkpoints kept")
+    folder: str | None = Field(
+        None, description="where checkpoints go: a folder, or s3://, gs://, memory://; RUN/checkpoints if unset"
+    )
     milestone_interval_steps: int | None = Field(None, ge=1, description="multiples of this are never pruned")
 
 
@@ -154,6 +157,14 @@ def _engine_problems(config: RunConfig) -> list[Problem]:
                 "Use zero_stage: 0, or optimizer.name: adamw.",
             )
         )
+    if config.parallel.offload_optimizer and stage == 0:
+        problems.append(
+            Problem(
+                "parallel.offload_optimizer = true",
+                "parallel.zero_stage = 0 keeps weights and optimizer state where the parameters are. Use zero_stage: 1 "
+                "to 3, or offload_optimizer: false.",
+            )
+        )
     if config.training.precision == "bf16" and stage == 0:
         problems.append(
             Problem(
@@ -191,15 +202,41 @@ def _tensor_parallel_problems(config: RunConfig) -> list[Problem]:
 
 def _context_parallel_problems(config: RunConfig) -> list[Problem]:
     cp, segment, quantum = config.parallel.cp, config.data.segment_tokens, config.model.quantum
-    if cp == 1 or segment % (cp * quantum) == 0:
+    if cp == 1:
         return []
-    return [
-        Problem(
-            f"parallel.cp = {cp}",
-            f"data.segment_tokens = {segment} does not divide into {cp} shares of whole blocks of {quantum} tokens. "
-            f"Use a multiple of {cp * quantum}.",
-        )
-    ]
+    if segment % (cp * quantum):
+        return [
+            Problem(
+                f"parallel.cp = {cp}",
+                f"data.segment_tokens = {segment} does not divide into {cp} shares of whole blocks of {quantum} "
+                f"tokens. Use a multiple of {cp * quantum}.",
+            )
+        ]
+    return _one_block_problems(config) if config.model.is_recurrent and segment == cp * quantum else []
+
+
+def _one_block_problems(config: RunConfig) -> list[Problem]:
+    """Where each rank has one block, the last rank's only update of the state is read by nobody in the segment."""
+    cp, stage, wanted = config.parallel.cp, config.parallel.zero_stage, 2 * config.data.segment_tokens
+    where = f"parallel.cp = {cp}, data.segment_tokens = {config.data.segment_tokens}"
+    if config.parallel.state_grad == "truncate":
+        return [
+            Problem(
+                where,
+                f"with parallel.state_grad = truncate and one block a rank no update of the state is ever trained. "
+                f"Use data.segment_tokens: {wanted} or more, or state_grad: full.",
+            )
+        ]
+    if stage:
+        return [
+            Problem(
+                where,
+                f"with one block a rank the last rank has no gradient of the state's update, and "
+                f"parallel.zero_stage = {stage} needs one of every parameter on every rank. Use data.segment_tokens: "
+                f"{wanted} or more, or zero_stage: 0.",
+            )
+        ]
+    return []
 
 
 def _dropout_problems(config: RunConfig) -> list[Problem]:

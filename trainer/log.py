@@ -1,4 +1,5 @@
-"""RUN/log.jsonl: one JSON object a line, flushed at once, in order of steps.
+"""RUN/log.jsonl: one JSON object a line, flushed at once, in order of steps; those of a save come when it has ended,
+some steps later.
 
 Kinds: `start` (a process begins or resumes), `step` (one optimizer step, skipped ones included), `validation`,
 `checkpoint`, `checkpoint_failure`, `data_fork` (other data settings from here on), `end`. Every record has `kind`,
@@ -59,18 +60,20 @@ class RunLog:
         os.close(self._descriptor)
 
     def _cut(self, last_step: int) -> None:
+        """Drop records of later steps. Records of a save come some steps after their own, so any may follow any."""
         if not self.path.exists():
             return
-        kept = 0
-        with open(self.path, "rb") as file:
+        kept = self.path.with_name(f".{FILE_NAME}.tmp")
+        with open(self.path, "rb") as file, open(kept, "wb") as out:
             for line in file:
                 record = _record(line)
-                if record is None or record["step"] > last_step:
+                if record is None:
                     break
-                if record["kind"] == "validation":
-                    self.validated.add(record["step"])
-                kept += len(line)
-        os.truncate(self.path, kept)
+                if record["step"] <= last_step:
+                    out.write(line)
+                    if record["kind"] == "validation":
+                        self.validated.add(record["step"])
+        os.replace(kept, self.path)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

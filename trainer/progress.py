@@ -56,10 +56,11 @@ class Progress:
         if not self._silent:
             self._console.print(Text(f"longspan: {message}"))
 
-    def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint was written."""
+    def saved(self, step: int, seconds: float, stall_seconds: float, waited_seconds: float) -> None:
+        """A checkpoint was written, in `seconds`; training stood still for it, and for the save before it."""
         self._saved = step
-        self.note(f"step {step}: checkpoint saved in {seconds:.2f} s")
+        waited = f" after {waited_seconds:.2f} s of waiting for the save before" if waited_seconds >= 0.01 else ""
+        self.note(f"step {step}: checkpoint saved in {seconds:.2f} s, training stalled {stall_seconds:.2f} s{waited}")
 
     def step(self, record: dict[str, Any], step: int, seconds: float) -> None:
         """One step is done.

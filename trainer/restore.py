@@ -13,13 +13,15 @@ import yaml
 from longspan.data_pipeline.entries import VocabularyEntry
 from longspan.errors import UsageError
 from longspan.trainer.checkpoint.contents import RunState
-from longspan.trainer.checkpoint.load import load_model
+from longspan.trainer.checkpoint.places import Place
 from longspan.trainer.config import RunConfig
 from longspan.trainer.corpus_tokenizer import check_tokenizer
 from longspan.trainer.engine import Engine
+from longspan.trainer.export_origin import load_checkpoint_or_export
 
 # neither changes what the weights mean
 _FREE_MODEL_FIELDS = ("model.name", "model.dropout")
+_FREE_INITIAL_FIELDS = (*_FREE_MODEL_FIELDS, "model.memory.norm_penalty")
 
 
 def seed_everything(seed: int, *place: int) -> None:
@@ -30,7 +32,7 @@ def seed_everything(seed: int, *place: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-def check_resumable(config: RunConfig, state: RunState, checkpoint: Path) -> list[str]:
+def check_resumable(config: RunConfig, state: RunState, checkpoint: Place) -> list[str]:
     """Compare the configuration with the one that the checkpoint was written with.
 
     Returns:
@@ -46,6 +48,11 @@ def check_resumable(config: RunConfig, state: RunState, checkpoint: Path) -> lis
         for where, line in differences(saved, now)
         if where == "optimizer.name" or (where.startswith("model.") and where not in _FREE_MODEL_FIELDS)
     ]
+    if "converted_from" in state.counters:
+        raise UsageError(
+            f"--resume: {checkpoint} was converted from an export and has no optimizer state. Start a new run with "
+            f"--init-from {checkpoint}."
+        )
     if refuse:
         raise UsageError(
             f"--resume: {checkpoint} was written with another configuration:\n  "
@@ -68,16 +75,16 @@ def keeps_generators(config: RunConfig, state: RunState) -> bool:
 
 
 def load_initial_weights(engine: Engine, config: RunConfig, vocabulary: VocabularyEntry, init_from: Path) -> Path:
-    """Set the weights of another run's checkpoint; returns the checkpoint's folder.
+    """Set the weights of another run's checkpoint, or of an export; returns its folder.
 
     Raises:
         UsageError: its model is not this one's (lists what differs), or its tokenizer not that of the shards, whose
             `vocabulary` is given.
         CheckpointError: it does not verify.
     """
-    loaded = load_model(init_from)
+    loaded = load_checkpoint_or_export(init_from)
     pair = ({"model": loaded.config.model.model_dump(mode="json")}, {"model": config.model.model_dump(mode="json")})
-    lines = [line for where, line in differences(*pair) if where not in _FREE_MODEL_FIELDS]
+    lines = [line for where, line in differences(*pair) if where not in _FREE_INITIAL_FIELDS]
     if lines:
         raise UsageError(
             f"--init-from: {loaded.path} holds another model:\n  "

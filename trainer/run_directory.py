@@ -9,16 +9,26 @@ import socket
 from pathlib import Path
 
 from longspan.errors import UsageError
+from longspan.trainer.checkpoint.manifest import step_of
+from longspan.trainer.checkpoint.places import Place, children, place_of
+from longspan.trainer.checkpoint.verify import CHECKPOINTS
+from longspan.trainer.config import RunConfig
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
 
 
-def check_usable(run_dir: Path, *, resume: bool) -> None:
+def checkpoint_root(config: RunConfig, run_dir: Path) -> Place:
+    """Where the run's checkpoints go. Raises UsageError: an address that nothing here can open."""
+    return place_of(config.checkpoint.folder) if config.checkpoint.folder else run_dir / CHECKPOINTS
+
+
+def check_usable(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
     """See whether a run may start here, before anything is written.
 
     Raises:
-        UsageError: the directory cannot be written to, or holds checkpoints and `resume` is not asked for.
+        UsageError: the directory cannot be written to, the place of the checkpoints cannot be reached, or it holds
+            checkpoints and `resume` is not asked for.
     """
     place = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not place.is_dir():
@@ -28,10 +38,19 @@ def check_usable(run_dir: Path, *, resume: bool) -> None:
             f"run directory {run_dir} is not writable: no permission to write in {place}. "
             f"Choose another --run-dir or change the permissions."
         )
-    if not resume and any((run_dir / "checkpoints").glob("step-*")):
+    try:
+        holds_some = any(step_of(folder) is not None for folder in children(checkpoints))
+    except OSError as error:
         raise UsageError(
-            f"{run_dir} holds checkpoints of an earlier run already. "
-            f"Go on with it with --resume, or choose another --run-dir."
+            f"checkpoint.folder = {checkpoints} cannot be listed: {error.strerror or error}. Check the address and the "
+            f"credentials, or choose another folder."
+        ) from error
+    if holds_some and not resume:
+        where = checkpoints if checkpoints != run_dir / CHECKPOINTS else run_dir
+        other = "--run-dir" if where == run_dir else "checkpoint.folder"
+        raise UsageError(
+            f"{where} holds checkpoints of an earlier run already. "
+            f"Go on with it with --resume, or choose another {other}."
         )
 
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.cluster.config import LONGEST_ALLOWANCE
 from longspan.data_pipeline.reader import LaneReader
 from longspan.trainer import recipes
 from longspan.trainer.checkpoint import rng
-from longspan.trainer.checkpoint.contents import Place, RunState
-from longspan.trainer.checkpoint.store import CheckpointStore, SaveResult
+from longspan.trainer.checkpoint.background import BackgroundSaver, Saved
+from longspan.trainer.checkpoint.contents import Place, RunState, divide
+from longspan.trainer.checkpoint.free_space import shortage
+from longspan.trainer.checkpoint.places import Place as Folder
+from longspan.trainer.checkpoint.snapshot import Snapshot, Source
+from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.config import RunConfig
 from longspan.trainer.corpus_tokenizer import check_tokenizer, tokenizer_files
 from longspan.trainer.data_source import DataSource
 from longspan.trainer.engine import Engine
 from longspan.trainer.lanes import Lanes
 from longspan.trainer.restore import check_resumable, keeps_generators, seed_everything
+
+_BYTES_A_PARAMETER = 12  # float32 weight and two moments
 
 
 @dataclass(frozen=True)
@@ -46,49 +57,84 @@ class Checkpoints:
     def __init__(
         self,
         config: RunConfig,
-        root: Path,
+        root: Folder,
         engine: Engine,
         lanes: Lanes,
         source: DataSource,
         note: Callable[[str], None],
     ) -> None:
-        """Args: root: RUN/checkpoints; note: takes messages for the person at the terminal."""
+        """Args: root: where they go; note: takes messages for the person at the terminal."""
         self._config, self._engine, self._lanes, self._source, self._note = config, engine, lanes, source, note
         self._tokenizer = tokenizer_files(source.manifest)
         self.reader = self._open_reader()
+        mesh = engine.mesh
+        timeout = timedelta(seconds=config.parallel.timeout_seconds * LONGEST_ALLOWANCE)
         self._store = CheckpointStore(
             root,
-            rank=engine.mesh.rank,
-            world_size=engine.mesh.world_size,
-            group=engine.mesh.control_group,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            # its own: the saving thread talks over it while this one trains (docs/checkpoints.md)
+            group=dist.new_group(backend="gloo", timeout=timeout) if mesh.world_size > 1 else None,
             keep_last=config.checkpoint.keep_last,
             milestone_interval_steps=config.checkpoint.milestone_interval_steps,
             warn=note,
         )
+        sizes = engine.parameter_sizes()
+        self._share = set(divide([sizes] * mesh.world_size)[mesh.rank])
+        self._sizes = sizes
+        snapshot = Snapshot(mesh.device)
+        self._saver = BackgroundSaver(self._store.save, snapshot)
+        engine.before_update = self._saver.settle
+        snapshot.reserve(_BYTES_A_PARAMETER * sum(sizes[name] for name in self._share))
 
-    def save(self, step: int, counters: dict[str, Any]) -> SaveResult:
-        """Write everything that the run needs to go on after `step`; a disk error is in the result, not raised."""
+    def begin(self, step: int, counters: dict[str, Any], waited_seconds: float) -> None:
+        """Start to write everything that the run needs to go on after `step`; the save before must have been joined.
+
+        Args:
+            step: updates done. counters: the trainer's, a copy.
+            waited_seconds: for which training waited until the save before had ended.
+        """
+        started = time.monotonic()
         # each rank meets only the bad documents of its own lanes; rank 0 saves, so that a resume knows all of them
         for quarantine in self._engine.mesh.gather(self.reader.quarantine):
             self.reader.adopt_quarantine(quarantine)
         data = self.reader.state(step)
         lanes = self._engine.whole_heads(self._lanes.packed())
-        return self._store.save(
-            RunState(
-                step=step,
-                weights=self._engine.weights(),
-                optimizer=self._engine.optimizer_state(),
-                lanes=lanes if self._engine.mesh.speaks_for_lanes else None,
-                lane_start=self._lanes.start,
-                lane_stop=self._lanes.stop,
-                data=data,
-                rng=rng.capture(),
-                counters=counters,
-                config_yaml=recipes.dump(self._config),
-                places=places_of(data)[self._lanes.start : self._lanes.stop],
-                tokenizer=self._tokenizer,
-            )
+        state = RunState(
+            step=step,
+            weights={},
+            optimizer={},
+            lanes=_own_memory(lanes) if self._engine.mesh.speaks_for_lanes else None,
+            lane_start=self._lanes.start,
+            lane_stop=self._lanes.stop,
+            data=data,
+            rng=rng.capture(),
+            counters=counters,
+            config_yaml=recipes.dump(self._config),
+            places=places_of(data)[self._lanes.start : self._lanes.stop],
+            tokenizer=self._tokenizer,
         )
+        quarantined = sorted(self.reader.quarantine)
+        self._saver.begin(state, self._sources, started=started, waited_seconds=waited_seconds, quarantined=quarantined)
+
+    def _sources(self) -> Iterator[Source]:
+        return (Source(*source) for source in self._engine.each_state(self._share))
+
+    def finished(self) -> Saved | None:
+        """The outcome of a save that has ended on this rank, once. Raises what is no disk error."""
+        return self._saver.finished()
+
+    def join(self, timeout_seconds: float | None = None) -> Saved | None:
+        """Wait for the save that goes on, if there is one; its outcome, once. Raises what is no disk error."""
+        return self._saver.join(timeout_seconds)
+
+    def warn_of_shortage(self) -> None:
+        """Say on rank 0 that the disk will be full before the run has all the checkpoints that it keeps."""
+        if self._engine.mesh.rank == 0:
+            size = _BYTES_A_PARAMETER * sum(self._sizes.values())
+            text = shortage(self._store.root, size, self._config.checkpoint.keep_last, len(self._store.committed()))
+            if text:
+                self._note(text)
 
     def resume(self, *, fork_data: bool) -> Resumed | None:
         """Put the run back to its newest checkpoint that verifies; None if there is no checkpoint.
@@ -158,7 +204,7 @@ class Checkpoints:
         of_groups = [found for speaks, found in mesh.gather((mesh.speaks_for_lanes, counts)) if speaks]
         return sum(reset for reset, _ in of_groups), sum(new for _, new in of_groups)
 
-    def newest(self) -> Path | None:
+    def newest(self) -> Folder | None:
         """The newest published checkpoint."""
         committed = self._store.committed()
         return committed[-1] if committed else None
@@ -167,6 +213,11 @@ class Checkpoints:
         """A sentence that names the newest published checkpoint."""
         newest = self.newest()
         return f"The last good checkpoint is {newest}." if newest else "No checkpoint has been saved."
+
+
+def _own_memory(lanes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Carried state that stays as it is: on the CPU nothing writes to it, for every step returns a new one."""
+    return {name: tensor.detach().cpu() for name, tensor in lanes.items()}
 
 
 def places_of(data: Mapping[str, Any]) -> list[Place]:

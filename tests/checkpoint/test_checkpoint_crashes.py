@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_states import KILLED, assert_same_state, in_child, saved, tiny_state
+import torch
+from tiny_states import KILLED, ToyTraining, assert_same_state, in_child, saved, tiny_state
 
 from longspan.trainer.checkpoint import crash_points
+from longspan.trainer.checkpoint.background import BackgroundSaver
+from longspan.trainer.checkpoint.contents import RunState
+from longspan.trainer.checkpoint.snapshot import Snapshot
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.checkpoint.verify import verify
 
@@ -34,27 +38,47 @@ def save_new(root: Path) -> None:
     assert result.ok, result.error
 
 
+def save_new_in_background(root: Path) -> None:
+    """The same save in a thread, while this one changes the weights and optimizer state in place."""
+    store = CheckpointStore(root, keep_last=2)
+    saver, training = BackgroundSaver(store.save, Snapshot(torch.device("cpu"))), ToyTraining(tiny_state(NEW))
+    saver.begin(training.other_state(), training.sources)
+    saver.settle()
+    saved = None
+    while saved is None:
+        training.update()
+        saved = saver.finished()
+    assert saved.result.ok, saved.result.error
+
+
+def assert_saved(state: RunState, step: int) -> None:
+    """The state is that of a step, whichever of the two ways it was saved."""
+    expected = tiny_state(step)
+    assert_same_state(state, expected if "head.weight" in state.weights else ToyTraining(expected).whole_state())
+
+
 def recover(root: Path) -> int:
     """Check all that a crash may not break, as the next life of the run does; returns the newest step."""
     store = CheckpointStore(root, keep_last=2)
     state, path = store.load_newest(0, 4)
     assert state.step in (OLD, NEW) and path == store.committed()[-1], "the newest published one verifies by itself"
-    assert_same_state(state, tiny_state(state.step))
+    assert_saved(state, state.step)
     for folder in store.committed():
         verify(folder)
     assert not list(root.glob(".tmp-*")), "orphans are gone"
     assert store.save(tiny_state(NEW)).ok, "the next save of the same step succeeds"
-    assert_same_state(store.load_newest(0, 4)[0], tiny_state(NEW))
+    assert_saved(store.load_newest(0, 4)[0], NEW)
     names = sorted(os.listdir(root))
     assert names in (["step-00000002", "step-00000003"], ["step-00000001", "step-00000002", "step-00000003"]), names
     return state.step
 
 
+@pytest.mark.parametrize("save", [save_new, save_new_in_background])
 @pytest.mark.parametrize("point", crash_points.POINTS)
-def test_crash_points(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+def test_crash_points(root: Path, monkeypatch: pytest.MonkeyPatch, point: str, save: Callable[[Path], None]) -> None:
     monkeypatch.setattr(crash_points, "_passes", crash_points.Counter())
     monkeypatch.setenv("LONGSPAN_CRASH", f"{point}@1")
-    assert in_child(lambda: save_new(root)) == KILLED
+    assert in_child(lambda: save(root)) == KILLED
     monkeypatch.delenv("LONGSPAN_CRASH")
     assert recover(root) == (OLD if point in BEFORE_PUBLICATION else NEW)
 
@@ -72,8 +96,9 @@ def test_crash_point_counts_its_passes(root: Path, monkeypatch: pytest.MonkeyPat
     assert recover(root) == NEW
 
 
-def test_without_the_variable_nothing_happens(root: Path) -> None:
-    assert in_child(lambda: save_new(root)) == 0
+@pytest.mark.parametrize("save", [save_new, save_new_in_background])
+def test_without_the_variable_nothing_happens(root: Path, save: Callable[[Path], None]) -> None:
+    assert in_child(lambda: save(root)) == 0
     assert recover(root) == NEW
 
 
@@ -117,14 +142,14 @@ def count_calls(root: Path) -> int:
         return int(file.read())
 
 
-def lives(root: Path, copy: Path, total: int) -> Iterator[tuple[int, int]]:
+def lives(root: Path, copy: Path, total: int, save: Callable[[Path], None] = save_new) -> Iterator[tuple[int, int]]:
     """(call, newest step afterwards) for a save that dies at each of its calls."""
     for call in range(1, total + 1):
         shutil.copytree(root, copy)
 
         def work(call: int = call) -> None:
             CallCounter(call).install()
-            save_new(copy)
+            save(copy)
 
         assert in_child(work) == 77, f"call {call} of {total} was never made"
         yield call, recover(copy)
@@ -137,4 +162,12 @@ def test_death_at_every_file_system_call(root: Path, tmp_path: Path) -> None:
     total = count_calls(root)
     assert total > 60, "the shim sees the save's calls"
     steps = [step for _, step in lives(pristine, tmp_path / "copy", total)]
+    assert steps == sorted(steps) and {OLD, NEW} == set(steps), "old until one call, new from there on"
+
+
+@pytest.mark.long
+def test_death_at_every_file_system_call_of_a_save_in_the_background(root: Path, tmp_path: Path) -> None:
+    pristine = tmp_path / "pristine"
+    shutil.copytree(root, pristine)
+    steps = [step for _, step in lives(pristine, tmp_path / "copy", count_calls(root), save_new_in_background)]
     assert steps == sorted(steps) and {OLD, NEW} == set(steps), "old until one call, new from there on"

@@ -9,6 +9,7 @@ import pytest
 from tiny_states import saved, tiny_state
 
 from longspan.errors import UsageError
+from longspan.trainer.checkpoint import local_folder
 from longspan.trainer.checkpoint import prune as prune_module
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.checkpoint.verify import pin, pinned, unpin, verify
@@ -74,6 +75,7 @@ def test_a_pin_between_look_and_removal_wins(tmp_path: Path, monkeypatch: pytest
         return [] if len(looks) == 1 else ["just-in-time"]
 
     monkeypatch.setattr(prune_module, "pinned", look)
+    monkeypatch.setattr(local_folder, "pinned", look)
     saved(tmp_path, 3, keep_last=2)
     assert steps(store) == [1, 2, 3]
     verify(first)

@@ -6,6 +6,8 @@ import errno
 import json
 import multiprocessing
 import os
+import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_states import assert_same_state, assert_same_tensors, tiny_state
+from tiny_states import ToyTraining, assert_same_state, assert_same_tensors, tiny_state
 
 from longspan.errors import CheckpointError, ClusterError
 from longspan.trainer.checkpoint import files
+from longspan.trainer.checkpoint.background import BackgroundSaver
+from longspan.trainer.checkpoint.snapshot import Snapshot
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.checkpoint.verify import verify
 
@@ -169,6 +173,99 @@ def test_none_left_is_every_ranks_error(tmp_path: Path) -> None:
 
     for result in run_two_ranks(tmp_path, work):
         assert "no checkpoint left that verifies" in result["text"]
+
+
+def background_saver(rank: int, root: Path) -> tuple[BackgroundSaver, ToyTraining]:
+    """A saver whose thread has a process group of its own, and what it saves: each rank one of two parameters."""
+    group = dist.new_group(backend="gloo")
+    store = CheckpointStore(root, rank=rank, world_size=2, group=group)
+    training = ToyTraining(state_of(rank, 5))
+    for tensors in (training.weights, training.moments, training.steps):
+        for name in list(tensors)[1 - rank :: 2]:
+            del tensors[name]
+    return BackgroundSaver(store.save, Snapshot(torch.device("cpu"))), training
+
+
+def test_a_save_in_the_background_while_the_ranks_talk(tmp_path: Path) -> None:
+    """Hundreds of collectives of the training beside those of the save, in an order that differs on the two ranks."""
+
+    def work(rank: int, root: Path) -> dict[str, Any]:
+        saver, training = background_saver(rank, root)
+        generator, sums, done = random.Random(rank), [], []
+        for step in range(1, 6):
+            training.state.step = step
+            saver.begin(training.other_state(), training.sources)
+            for number in range(60):
+                value = torch.full((1000,), float(step * number))
+                dist.all_reduce(value)
+                sums.append(bool((value == 2 * step * number).all()))
+                time.sleep(generator.random() * 1e-3)
+            saver.settle()
+            training.update()
+            done.append(saver.join())
+        return {"sums": all(sums), "ok": [saved.result.ok for saved in done], "names": list(training.weights)}
+
+    left, right = run_two_ranks(tmp_path, work)
+    assert left["sums"] and right["sums"] and left["ok"] == right["ok"] == [True] * 5
+    state, folder = CheckpointStore(tmp_path / "checkpoints").load_newest(0, 4)
+    assert folder.name == "step-00000005" and sorted(state.weights) == sorted(left["names"] + right["names"])
+    expected = ToyTraining(tiny_state(5))
+    for _ in range(4):
+        expected.update()
+    assert_same_tensors(state.weights, expected.weights)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_disk_error_in_the_background_of_one_rank_is_every_ranks_failure(tmp_path: Path, failing: int) -> None:
+    def work(rank: int, root: Path) -> dict[str, Any]:
+        saver, training = background_saver(rank, root)
+        saver.begin(training.other_state(), training.sources)
+        first, training.state.step = saver.join(), 6
+        real = os.write
+        if rank == failing:
+            files.os.write = _raise(OSError(errno.ENOSPC, "No space left on device"))
+        saver.begin(training.other_state(), training.sources)
+        second = saver.join()
+        files.os.write = real
+        dist.barrier()
+        return {"first": first.result.ok, "second": second.result.error, "names": sorted(os.listdir(root))}
+
+    for result in run_two_ranks(tmp_path, work):
+        assert result["first"] and f"rank {failing}: " in result["second"] and "No space left" in result["second"]
+        assert result["names"] == ["step-00000005"]
+
+
+def test_a_rank_that_dies_in_the_background_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """Rank 1 is killed with its share half written; rank 0 is told, and nothing is published."""
+    context = multiprocessing.get_context("fork")
+    root = tmp_path / "checkpoints"
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=rank, world_size=2)
+        saver, training = background_saver(rank, root)
+        saver.begin(training.other_state(), training.sources)
+        assert saver.join().result.ok
+        training.state.step = 6
+        if rank == 1:
+            os.environ["LONGSPAN_CRASH"] = "mid-payload@1"
+        saver.begin(training.other_state(), training.sources)
+        try:
+            saver.join()
+        except Exception as error:
+            (tmp_path / "told").write_text(str(error))
+        os._exit(0)  # the group cannot be left in order
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE_SECONDS)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    assert (tmp_path / "told").read_text()
+    state, folder = CheckpointStore(root).load_newest(0, 4)
+    assert folder.name == "step-00000005" and state.step == 5 and os.listdir(root) == ["step-00000005"]
 
 
 def _raise(error: Exception) -> Callable[..., Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from longspan.trainer.checkpoint.contents import RunState
+from longspan.trainer.checkpoint.snapshot import Source
 from longspan.trainer.checkpoint.store import CheckpointStore
 
 
@@ -46,6 +48,45 @@ def tiny_state(step: int, lane_start: int = 0, lane_stop: int = 4) -> RunState:
         counters={"tokens": 100 * step, "skips": 1},
         config_yaml=f"name: tiny\nseed: {step}\n",
     )
+
+
+class ToyTraining:
+    """Weights and optimizer state that `update` changes in place, as an optimizer does, and nothing else."""
+
+    def __init__(self, state: RunState, device: str = "cpu") -> None:
+        # the tied name and bfloat16 are of the files alone: what is trained is stored once and in float32
+        self.state = state
+        names = [name for name in state.weights if name in state.optimizer]
+        self.weights = {name: state.weights[name].float().to(device, copy=True) for name in names}
+        self.moments = {name: state.optimizer[name]["exp_avg"].to(device, copy=True) for name in names}
+        self.steps = {name: state.optimizer[name]["step"].clone() for name in names}
+
+    def sources(self) -> Iterator[Source]:
+        """What a save takes."""
+        for name in self.weights:
+            yield Source(name, None, self.weights[name], True)
+        for name in self.weights:
+            yield Source(name, "exp_avg", self.moments[name], True)
+            yield Source(name, "step", self.steps[name], True)
+
+    def other_state(self) -> RunState:
+        """What a save needs besides."""
+        return replace(self.state, weights={}, optimizer={})
+
+    def whole_state(self) -> RunState:
+        """What a save now must give back, copied."""
+        optimizer = {
+            name: {"exp_avg": self.moments[name].cpu().clone(), "step": self.steps[name].clone()}
+            for name in self.weights
+        }
+        weights = {name: tensor.cpu().clone() for name, tensor in self.weights.items()}
+        return replace(self.state, weights=weights, optimizer=optimizer)
+
+    def update(self) -> None:
+        """One update, in place."""
+        for tensors in (self.weights, self.moments, self.steps):
+            for tensor in tensors.values():
+                tensor += 1
 
 
 def assert_same_state(left: RunState, right: RunState) -> None:

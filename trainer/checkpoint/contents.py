@@ -18,7 +18,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -28,6 +27,8 @@ import torch
 from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint.files import read_checked
 from longspan.trainer.checkpoint.manifest import Manifest
+from longspan.trainer.checkpoint.places import Place as Folder
+from longspan.trainer.checkpoint.tensor_file import Pieces, encode
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -116,8 +117,8 @@ def divide(holders: list[dict[str, int]]) -> list[list[str]]:
     return [sorted(share) for share in shares]
 
 
-def encode_parts(tensors: dict[str, torch.Tensor], folder: str, rank: int) -> Iterator[tuple[str, bytes]]:
-    """(file name, file contents) of `tensors`, each file about `FILE_BYTES` at most."""
+def encode_parts(tensors: dict[str, torch.Tensor], folder: str, rank: int) -> Iterator[tuple[str, Pieces]]:
+    """(file name, pieces of the file) of `tensors`, each file about `FILE_BYTES` at most."""
     part: dict[str, torch.Tensor] = {}
     size = number = 0
     for name, tensor in tensors.items():
@@ -130,8 +131,8 @@ def encode_parts(tensors: dict[str, torch.Tensor], folder: str, rank: int) -> It
         yield f"{folder}/part-{rank:05d}-{number:05d}.safetensors", encode(part)
 
 
-def encode_lanes(state: RunState) -> tuple[str, bytes]:
-    """(file name, file contents) of this rank's carried state.
+def encode_lanes(state: RunState) -> tuple[str, Pieces]:
+    """(file name, pieces of the file) of this rank's carried state.
 
     Raises:
         ValueError: a state tensor's first dimension is not the number of lanes.
@@ -145,26 +146,12 @@ def encode_lanes(state: RunState) -> tuple[str, bytes]:
     return name, encode(state.lanes, {_PLACES: json.dumps(state.places)})
 
 
-def encode(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; tensors may be on any device, strided, or views of one another."""
-    plain: dict[str, torch.Tensor] = {}
-    owned: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        storage = tensor.untyped_storage()
-        # safetensors refuses memory that two names share
-        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in owned
-        owned.add(storage.data_ptr())
-        plain[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
-    return safetensors.torch.save(plain, metadata)
-
-
 def encode_json(value: Any) -> bytes:
     """JSON with sorted keys, so that equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def read_weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+def read_weights(folder: Folder, manifest: Manifest) -> dict[str, torch.Tensor]:
     """All weights by parameter name, tied ones sharing memory. Raises CheckpointError as `read_checked` does."""
     weights = _read_parts(folder, manifest, "weights/")
     for alias, owner in manifest.tied.items():
@@ -172,7 +159,7 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return weights
 
 
-def read_optimizer(folder: Path, manifest: Manifest) -> dict[str, dict[str, torch.Tensor]]:
+def read_optimizer(folder: Folder, manifest: Manifest) -> dict[str, dict[str, torch.Tensor]]:
     """All optimizer state by parameter name and state name."""
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in _read_parts(folder, manifest, "optimizer/").items():
@@ -182,7 +169,7 @@ def read_optimizer(folder: Path, manifest: Manifest) -> dict[str, dict[str, torc
 
 
 def read_lanes(
-    folder: Path, manifest: Manifest, start: int, stop: int
+    folder: Folder, manifest: Manifest, start: int, stop: int
 ) -> tuple[dict[str, torch.Tensor] | None, list[Place]]:
     """Carried state of lanes [start, stop), put together from the files of any number of ranks.
 
@@ -207,7 +194,7 @@ def read_lanes(
     return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}, places
 
 
-def read_tokenizer_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+def read_tokenizer_files(folder: Folder, manifest: Manifest) -> dict[str, bytes]:
     """Files of the tokenizer by name, checked; none if the run's tokens are bytes."""
     prefix = f"{TOKENIZER}/"
     return {
@@ -217,7 +204,7 @@ def read_tokenizer_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     }
 
 
-def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
+def read_json(folder: Folder, manifest: Manifest, name: str) -> Any:
     """A JSON file of the checkpoint, checked."""
     content = read_file(folder, manifest, name)
     try:
@@ -226,14 +213,14 @@ def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
         raise CheckpointError(f"{name}: not JSON ({error})") from error
 
 
-def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
+def read_file(folder: Folder, manifest: Manifest, name: str) -> bytes:
     """A file of the checkpoint, checked; CheckpointError if the manifest does not list it."""
     if name not in manifest.files:
         raise CheckpointError(f"manifest.json: lists no {name}")
     return read_checked(folder, name, manifest.files[name], manifest.chunk_bytes)
 
 
-def _read_parts(folder: Path, manifest: Manifest, prefix: str) -> dict[str, torch.Tensor]:
+def _read_parts(folder: Folder, manifest: Manifest, prefix: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(manifest.files):
         if name.startswith(prefix):
@@ -241,7 +228,7 @@ def _read_parts(folder: Path, manifest: Manifest, prefix: str) -> dict[str, torc
     return tensors
 
 
-def _read_tensors(folder: Path, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Folder, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
     return _tensors(read_file(folder, manifest, name), name)
 
 

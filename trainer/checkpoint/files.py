@@ -9,16 +9,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint.crash_points import crash_point
+from longspan.trainer.checkpoint.places import Place
+from longspan.trainer.checkpoint.tensor_file import Pieces
 
 CHUNK_BYTES = 256 * 1024
+TEMPORARY_PREFIX = ".tmp-"
 
 
 class FileEntry(BaseModel):
@@ -41,13 +46,51 @@ class WriteError(OSError):
     """A file could not be written; `strerror` names the file, the bytes wanted and the bytes free."""
 
 
-def write_file(folder: Path, name: str, content: bytes) -> FileEntry:
-    """Create `folder/name` with `content` and sync it to the disk.
+class Digest:
+    """The manifest's entry for a file, from its chunks in order; all but the last are of `CHUNK_BYTES`."""
+
+    def __init__(self) -> None:
+        self._digest, self._checksums, self._size = hashlib.sha256(), list[str](), 0
+
+    def add(self, chunk: memoryview) -> None:
+        """Take the next chunk."""
+        self._digest.update(chunk)
+        self._checksums.append(f"{zlib.crc32(chunk):08x}")
+        self._size += len(chunk)
+
+    def entry(self) -> FileEntry:
+        """What the manifest says about a file of the chunks taken."""
+        return FileEntry(size=self._size, sha256=self._digest.hexdigest(), chunk_crc32="".join(self._checksums))
+
+
+def chunks(pieces: Pieces) -> Iterator[memoryview]:
+    """The bytes of all pieces in chunks of `CHUNK_BYTES`, the last one shorter; copied only where pieces meet."""
+    rest = bytearray()
+    for piece in pieces:
+        view = memoryview(piece)
+        start = 0
+        if rest:
+            start = min(len(view), CHUNK_BYTES - len(rest))
+            rest += view[:start]
+            if len(rest) < CHUNK_BYTES:
+                continue
+            yield memoryview(rest)
+            rest = bytearray()
+        whole = start + (len(view) - start) // CHUNK_BYTES * CHUNK_BYTES
+        for place in range(start, whole, CHUNK_BYTES):
+            yield view[place : place + CHUNK_BYTES]
+        rest += view[whole:]
+    if rest:
+        yield memoryview(rest)
+
+
+def write_file(folder: Path, name: str, pieces: Pieces) -> FileEntry:
+    """Create `folder/name` and sync it to the disk.
 
     Args:
         folder: existing folder.
         name: relative path below it; its own folder must exist, the file must not.
-        content: all of the file.
+        pieces: all of the file, in order.
 
     Returns:
         The manifest's entry for it, hashed from the chunks as they were written.
@@ -55,27 +98,26 @@ def write_file(folder: Path, name: str, content: bytes) -> FileEntry:
     Raises:
         WriteError: the operating system refused; what was written stays for the caller to remove.
     """
-    digest, checksums, written = hashlib.sha256(), [], 0
-    view = memoryview(content)
+    digest, wanted, written = Digest(), sum(map(len, pieces)), 0
     try:
         handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            for start in range(0, len(view), CHUNK_BYTES):
-                chunk = view[start : start + CHUNK_BYTES]
-                digest.update(chunk)
-                checksums.append(f"{zlib.crc32(chunk):08x}")
-                while written < start + len(chunk):
-                    count = os.write(handle, view[written : start + len(chunk)])
+            for chunk in chunks(pieces):
+                digest.add(chunk)
+                done = 0
+                while done < len(chunk):
+                    count = os.write(handle, chunk[done:])
                     if count == 0:
                         raise OSError(errno.EIO, "the disk took no bytes")
+                    done += count
                     written += count
                 crash_point("mid-payload")
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
-        raise _write_error(error, folder, name, len(view), written) from error
-    return FileEntry(size=len(view), sha256=digest.hexdigest(), chunk_crc32="".join(checksums))
+        raise _write_error(error, folder, name, wanted, written) from error
+    return digest.entry()
 
 
 def _write_error(error: OSError, folder: Path, name: str, wanted: int, written: int) -> WriteError:
@@ -101,6 +143,14 @@ def _free_space(path: Path) -> str:
         return "free space unknown"
 
 
+def temporary_name(what: str) -> str:
+    """A fresh folder name that is removed as an orphan if it survives a crash.
+
+    The random part does not come from a generator whose state is part of the run.
+    """
+    return f"{TEMPORARY_PREFIX}{what}-{secrets.token_hex(4)}"
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power loss."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -110,7 +160,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_checked(folder: Path, name: str, entry: FileEntry, chunk_bytes: int) -> bytes:
+def read_checked(folder: Place, name: str, entry: FileEntry, chunk_bytes: int) -> bytes:
     """The bytes of `folder/name` if they are what the manifest says.
 
     Raises:
@@ -125,11 +175,11 @@ def read_checked(folder: Path, name: str, entry: FileEntry, chunk_bytes: int) ->
     raise _mismatch(name, entry, len(content), checksums, chunk_bytes)
 
 
-def check_file(folder: Path, name: str, entry: FileEntry, chunk_bytes: int) -> None:
+def check_file(folder: Place, name: str, entry: FileEntry, chunk_bytes: int) -> None:
     """As `read_checked`, in constant memory and without returning the bytes."""
     digest, checksums, size = hashlib.sha256(), [], 0
     try:
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
             while chunk := file.read(chunk_bytes):
                 digest.update(chunk)
                 checksums.append(zlib.crc32(chunk))
@@ -140,7 +190,7 @@ def check_file(folder: Path, name: str, entry: FileEntry, chunk_bytes: int) -> N
         raise _mismatch(name, entry, size, checksums, chunk_bytes)
 
 
-def _read(folder: Path, name: str, entry: FileEntry) -> bytes:
+def _read(folder: Place, name: str, entry: FileEntry) -> bytes:
     try:
         return (folder / name).read_bytes()
     except OSError as error:
@@ -148,7 +198,8 @@ def _read(folder: Path, name: str, entry: FileEntry) -> bytes:
 
 
 def _unreadable(name: str, entry: FileEntry, position: int, error: OSError) -> CheckpointError:
-    what = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({os.strerror(error.errno or 0)})"
+    cause = os.strerror(error.errno) if error.errno else str(error)
+    what = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({cause})"
     return CheckpointError(f"{name}, {byte_range(position, entry.size)}: {what}")
 
 

@@ -34,6 +34,7 @@ class LoadedModel:
         fingerprint: hex sha256 that changes with any byte of the checkpoint.
         path: checkpoint folder.
         tokenizer_digest: of the tokenizer whose ids the model was trained on.
+        used_ids: ids of that tokenizer; the rows of the embedding behind them pad it and stand for nothing.
     """
 
     model: LanguageModel
@@ -42,6 +43,7 @@ class LoadedModel:
     fingerprint: str
     path: Path
     tokenizer_digest: str
+    used_ids: int
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
@@ -67,7 +69,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         model = build_model(config.model)
     assign_weights(model, weights, folder)
     digest = tokenizer_digest(folder)
-    return LoadedModel(model.to(device).eval(), config, manifest.step, fingerprint, folder, digest)
+    used = _tokenizer_size(folder)
+    return LoadedModel(model.to(device).eval(), config, manifest.step, fingerprint, folder, digest, used)
+
+
+def without_padding_rows(loaded: LoadedModel) -> LoadedModel:
+    """The same model, changed: its softmax is over the ids of its tokenizer, as in an export.
+
+    Probability on rows that pad the vocabulary is on nothing that can come (docs/decisions/016-padding-rows.md).
+    """
+    embedding = loaded.model.embedding
+    if embedding.weight.shape[0] > loaded.used_ids:
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach()[: loaded.used_ids].clone())
+        embedding.num_embeddings = loaded.used_ids
+    return loaded
 
 
 def read_config(folder: Path, manifest: Manifest) -> RunConfig:
@@ -109,6 +124,11 @@ def tokenizer_digest(folder: Path) -> str:
             f"Use another checkpoint of the run."
         )
     return found
+
+
+def _tokenizer_size(folder: Path) -> int:
+    saved = folder / contents.TOKENIZER
+    return read_description(saved).size if (saved / DESCRIPTION_NAME).is_file() else ByteTokenizer().size
 
 
 def assign_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longspan.errors import CheckpointError, UsageError
 from longspan.trainer.checkpoint.files import FileEntry, byte_range
+from longspan.trainer.checkpoint.places import P, Place, children
 
 FORMAT = "longspan-checkpoint"
 FORMAT_VERSION = 1
@@ -66,18 +67,16 @@ def step_folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int | None:
+def step_of(folder: Place) -> int | None:
     """The step in a checkpoint folder's name; None for any other folder."""
     match = _STEP_FOLDER.match(folder.name)
     return int(match[1]) if match else None
 
 
-def committed_folders(root: Path) -> list[Path]:
+def committed_folders(root: P) -> list[P]:
     """Checkpoints below `root` (RUN/checkpoints) that were published, oldest first; not verified."""
-    if not root.is_dir():
-        return []
-    folders = [folder for folder in root.iterdir() if step_of(folder) is not None and (folder / COMMITTED).is_file()]
-    return sorted(folders, key=lambda folder: step_of(folder) or 0)
+    folders = [folder for folder in children(root) if step_of(folder) is not None and (folder / COMMITTED).is_file()]
+    return sorted(cast(list[P], folders), key=lambda folder: step_of(folder) or 0)
 
 
 def commit_line(manifest: bytes) -> bytes:
@@ -85,7 +84,7 @@ def commit_line(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, str]:
+def read_manifest(folder: Place) -> tuple[Manifest, str]:
     """The manifest of a published checkpoint, checked against COMMITTED, and its sha256 (the fingerprint).
 
     Raises:
@@ -109,14 +108,14 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     return _parse(content, folder), fingerprint
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read(folder: Place, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{name}, byte 0: missing or unreadable ({error.strerror})") from error
+        raise CheckpointError(f"{name}, byte 0: missing or unreadable ({error.strerror or error})") from error
 
 
-def _parse(content: bytes, folder: Path) -> Manifest:
+def _parse(content: bytes, folder: Place) -> Manifest:
     try:
         raw = json.loads(content)
         version = raw["format_version"]

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from longspan.trainer.checkpoint.crash_points import crash_point
-from longspan.trainer.checkpoint.files import sync_folder
+from longspan.trainer.checkpoint.files import TEMPORARY_PREFIX
 from longspan.trainer.checkpoint.manifest import committed_folders, step_of
+from longspan.trainer.checkpoint.places import Place
 from longspan.trainer.checkpoint.verify import pinned
-
-TEMPORARY_PREFIX = ".tmp-"
-
-
-def temporary_name(what: str) -> str:
-    """A fresh folder name that is removed as an orphan if it survives a crash.
-
-    The random part does not come from a generator whose state is part of the run.
-    """
-    return f"{TEMPORARY_PREFIX}{what}-{secrets.token_hex(4)}"
 
 
 def remove_orphans(root: Path, warn: Callable[[str], None]) -> None:
@@ -34,12 +23,24 @@ def remove_orphans(root: Path, warn: Callable[[str], None]) -> None:
 
 
 def prune(
-    root: Path, published: Path, *, keep_last: int, milestone_interval_steps: int | None, warn: Callable[[str], None]
-) -> list[Path]:
+    root: Place,
+    published: Place,
+    *,
+    keep_last: int,
+    milestone_interval_steps: int | None,
+    remove: Callable[[Any], bool],
+    warn: Callable[[str], None],
+) -> list[Place]:
     """Remove old checkpoints after `published` was written.
 
     Kept are `published` itself (so that one that verifies always remains), the newest `keep_last`, multiples of
     `milestone_interval_steps`, and pinned ones. A disk error is reported through `warn`; the next prune tries again.
+
+    Args:
+        root: folder of the checkpoints. published: the one just written.
+        keep_last, milestone_interval_steps: as in `CheckpointStore`.
+        remove: takes one away; False if it was pinned meanwhile.
+        warn: takes messages.
 
     Returns:
         The folders removed.
@@ -52,21 +53,8 @@ def prune(
         if folder in kept or milestone:
             continue
         try:
-            if not pinned(folder) and _remove(root, folder):
+            if not pinned(folder) and remove(folder):
                 removed.append(folder)
         except OSError as error:
             warn(f"old checkpoint {folder} could not be removed: {error}. The next save tries again.")
     return removed
-
-
-def _remove(root: Path, folder: Path) -> bool:
-    """Take the folder away at once, then remove its files; False if it was pinned meanwhile."""
-    away = root / temporary_name(f"prune-{folder.name}")
-    os.rename(folder, away)
-    crash_point("mid-prune")
-    if pinned(folder):  # between our look and the rename: give it back
-        os.rename(away, folder)
-        sync_folder(root)
-        return False
-    shutil.rmtree(away)
-    return True

@@ -1,17 +1,14 @@
 """The trainer's own save and load, all ranks together.
 
-A save: rank 0 makes a temporary folder; every rank writes its share there, hashing while writing; all agree that
-every rank succeeded; rank 0 writes the manifest and COMMITTED, renames the folder to its final name and prunes; all
-learn the outcome. Every file and folder is synced before the rename, so a crash or power loss at any moment leaves
-the old checkpoints or the new one. No rank leaves an agreement out because of an error, so none waits for ever.
+A save: rank 0 makes room for it; every rank writes its share, hashing while writing; all agree that every rank
+succeeded; rank 0 writes the manifest and COMMITTED, publishes and prunes; all learn the outcome. A crash or power loss
+at any moment leaves the old checkpoints or the new one (local_folder.py, object_folder.py say how). No rank leaves an
+agreement out because of an error, so none waits for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,26 +21,16 @@ import torch.distributed as dist
 from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint import contents
 from longspan.trainer.checkpoint.agreement import RankDiskError, Ranks
+from longspan.trainer.checkpoint.awaited import pin_awaited
 from longspan.trainer.checkpoint.contents import RunState
 from longspan.trainer.checkpoint.crash_points import crash_point
-from longspan.trainer.checkpoint.files import (
-    CHUNK_BYTES,
-    FileEntry,
-    check_file,
-    sync_folder,
-    write_file,
-)
-from longspan.trainer.checkpoint.manifest import (
-    COMMITTED,
-    MANIFEST,
-    Manifest,
-    commit_line,
-    committed_folders,
-    read_manifest,
-    step_folder_name,
-)
-from longspan.trainer.checkpoint.prune import prune, remove_orphans, temporary_name
-from longspan.trainer.checkpoint.verify import verify
+from longspan.trainer.checkpoint.files import CHUNK_BYTES, FileEntry, check_file
+from longspan.trainer.checkpoint.free_space import check_space
+from longspan.trainer.checkpoint.local_folder import LocalFolder
+from longspan.trainer.checkpoint.manifest import Manifest, committed_folders, read_manifest, step_folder_name
+from longspan.trainer.checkpoint.object_folder import ObjectFolder
+from longspan.trainer.checkpoint.places import Place
+from longspan.trainer.checkpoint.prune import prune
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class SaveResult:
     """
 
     ok: bool
-    path: Path | None
+    path: Place | None
     seconds: float
     error: str | None
 
@@ -66,12 +53,14 @@ class SaveResult:
 class CheckpointStore:
     """Checkpoints of one run.
 
-    Every rank of the run makes one and calls `save` and `load_newest` together with the others.
+    Every rank of the run makes one and calls `save` and `load_newest` together with the others, one call at a time,
+    from any thread.
 
     Args:
-        root: RUN/checkpoints; made by the first save. The caller holds the run directory's lock.
+        root: RUN/checkpoints or a place in an object store; made by the first save. The caller holds the run
+            directory's lock.
         rank, world_size, group: this rank in the process group that saves (None: the default group). The group is
-            not used when world_size is 1.
+            not used when world_size is 1. Where saves run in a thread, no other thread may use the group.
         keep_last: newest checkpoints that pruning keeps.
         milestone_interval_steps: multiples of this are kept as well; None: no milestones.
         warn: takes messages about fallbacks and left-overs, on rank 0; standard error if not given.
@@ -79,7 +68,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -88,14 +77,14 @@ class CheckpointStore:
         milestone_interval_steps: int | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        self.root = Path(root)
+        self.root = root
         self._ranks = Ranks(rank, world_size, group)
         self._keep_last = keep_last
         self._milestone_interval_steps = milestone_interval_steps
         self._warn = warn or _to_standard_error
-        self._temporary: Path | None = None
+        self._folder: Any = (LocalFolder if isinstance(root, Path) else ObjectFolder)(root, self._warn)  # type: ignore[arg-type]
 
-    def committed(self) -> list[Path]:
+    def committed(self) -> list[Place]:
         """Published checkpoints, oldest first; not verified."""
         return committed_folders(self.root)
 
@@ -115,26 +104,31 @@ class CheckpointStore:
         except RankDiskError as error:
             message = (
                 f"checkpoint of step {state.step} not saved: {error}. The older checkpoints are untouched; the next "
-                f"save tries again. Free space on the disk of {self.root}, or lower "
-                f"checkpoint.keep_last = {self._keep_last}."
+                f"save tries again. {self._advice()}"
             )
             return SaveResult(False, None, time.monotonic() - started, message)
         return SaveResult(True, path, time.monotonic() - started, None)
 
-    def _save(self, state: RunState) -> Path:
+    def _advice(self) -> str:
+        if not isinstance(self.root, Path):
+            return f"Check that {self.root} can be reached and written to."
+        return f"Free space on the disk of {self.root}, or lower checkpoint.keep_last = {self._keep_last}."
+
+    def _save(self, state: RunState) -> Place:
         tied = contents.find_tied(state.weights)
         weights = {name: tensor for name, tensor in state.weights.items() if name not in tied}
         optimizer = contents.flat_optimizer(state.optimizer)
+        final = self.root / step_folder_name(state.step)
 
-        def begin() -> tuple[str | None, dict[str, int], dict[str, int]]:
-            name = self._make_temporary(state.step) if self._ranks.rank == 0 else None
-            return name, _sizes(weights), _sizes(optimizer)
+        def begin() -> tuple[str | None, dict[str, int], dict[str, int], dict[str, int]]:
+            name = self._folder.begin(state.step) if self._ranks.rank == 0 else None
+            return name, _sizes(weights), _sizes(optimizer), _sizes(state.lanes or {})
 
         begun = self._agree(begin)
-        final = self.root / step_folder_name(state.step)
         if begun[0][0] is None:
             return final
-        self._temporary = self.root / begun[0][0]
+        self._agree(lambda: check_space(self.root, _total(begun)) if self._ranks.rank == 0 else None)
+        self._folder.join(begun[0][0])
 
         def write() -> tuple[dict[str, FileEntry], dict[str, Any], tuple[int, int] | None]:
             shares = {}
@@ -148,63 +142,35 @@ class CheckpointStore:
             )
 
         written = self._agree(write)
-
-        def publish() -> None:
-            if self._ranks.rank == 0:
-                self._publish(state, tied, written, final)
-
-        self._agree(publish)
-        self._temporary = None
+        self._agree(lambda: self._publish(state, tied, written) if self._ranks.rank == 0 else None)
         return final
-
-    def _make_temporary(self, step: int) -> str | None:
-        """Name of a fresh temporary folder; None if this step is already saved and verifies."""
-        if not self.root.is_dir():
-            self.root.mkdir(parents=True)
-            sync_folder(self.root.parent)
-        remove_orphans(self.root, self._warn)
-        final = self.root / step_folder_name(step)
-        if (final / COMMITTED).is_file():
-            try:
-                verify(final)
-                return None
-            except CheckpointError as error:
-                self._warn(f"{error}\nIt is replaced by a new save of the same step.")
-        self._temporary = self.root / temporary_name(final.name)
-        for folder in ("", *contents.FOLDERS):
-            os.mkdir(self._temporary / folder)
-        return self._temporary.name
 
     def _write_payload(self, state: RunState, shares: dict[str, dict[str, Any]]) -> dict[str, FileEntry]:
         """Write this rank's share; returns the manifest's entries for it."""
-        temporary = self._temporary
-        assert temporary is not None
-        entries = {}
+        entries: dict[str, FileEntry] = {}
+
+        def write(name: str, pieces: contents.Pieces) -> None:
+            entries[name] = self._folder.write(name, pieces)
+
         for folder, tensors in shares.items():
-            for name, content in contents.encode_parts(tensors, folder, self._ranks.rank):
-                entries[name] = write_file(temporary, name, content)
+            for name, pieces in contents.encode_parts(tensors, folder, self._ranks.rank):
+                write(name, pieces)
         if state.lanes is not None:
-            name, content = contents.encode_lanes(state)
-            entries[name] = write_file(temporary, name, content)
+            write(*contents.encode_lanes(state))
         if self._ranks.rank == 0:
-            entries[contents.CONFIG] = write_file(temporary, contents.CONFIG, state.config_yaml.encode())
-            entries[contents.DATA] = write_file(temporary, contents.DATA, contents.encode_json(state.data))
-            if state.tokenizer:
-                os.mkdir(temporary / contents.TOKENIZER)
+            write(contents.CONFIG, [state.config_yaml.encode()])
+            write(contents.DATA, [contents.encode_json(state.data)])
             for file, content in state.tokenizer.items():
-                name = f"{contents.TOKENIZER}/{file}"
-                entries[name] = write_file(temporary, name, content)
+                write(f"{contents.TOKENIZER}/{file}", [content])
         return entries
 
-    def _publish(self, state: RunState, tied: dict[str, str], written: list[Any], final: Path) -> None:
-        """Rank 0: complete the temporary folder, give it its final name, prune."""
-        temporary = self._temporary
-        assert temporary is not None
+    def _publish(self, state: RunState, tied: dict[str, str], written: list[Any]) -> None:
+        """Rank 0: complete the checkpoint, make it the newest one, prune."""
         files: dict[str, FileEntry] = {}
         for entries, _, _ in written:
             files.update(entries)
         rng = {"ranks": [state_of_rank for _, state_of_rank, _ in written]}
-        files[contents.RNG] = write_file(temporary, contents.RNG, contents.encode_json(rng))
+        files[contents.RNG] = self._folder.write(contents.RNG, [contents.encode_json(rng)])
         crash_point("after-payload")
         manifest = Manifest(
             step=state.step,
@@ -215,30 +181,20 @@ class CheckpointStore:
             counters=state.counters,
             chunk_bytes=CHUNK_BYTES,
             files=files,
-        ).encoded()
-        write_file(temporary, MANIFEST, manifest)
-        for folder in (*contents.FOLDERS, *([contents.TOKENIZER] if state.tokenizer else [])):
-            sync_folder(temporary / folder)
-        crash_point("after-manifest")
-        write_file(temporary, COMMITTED, commit_line(manifest))
-        crash_point("after-committed")
-        sync_folder(temporary)
-        crash_point("before-rename")
-        if final.exists():  # not verified, or begin() would have kept it: evidence, so moved aside and not removed
-            os.rename(final, self.root / f"damaged-{final.name}-{secrets.token_hex(4)}")
-        os.rename(temporary, final)
-        crash_point("after-rename")
-        sync_folder(self.root)
+        )
+        pin_awaited(self.root, step_folder_name(state.step))
+        final = self._folder.publish(state.step, manifest.encoded())
         crash_point("before-prune")
         prune(
             self.root,
             final,
             keep_last=self._keep_last,
             milestone_interval_steps=self._milestone_interval_steps,
+            remove=self._folder.remove,
             warn=self._warn,
         )
 
-    def load_newest(self, lane_start: int, lane_stop: int) -> tuple[RunState, Path] | None:
+    def load_newest(self, lane_start: int, lane_stop: int) -> tuple[RunState, Place] | None:
         """The newest checkpoint that verifies on all ranks; to be called by all ranks.
 
         Every file of it is checked, by the ranks that read it or by one of them. Orphans of a crash are removed.
@@ -254,9 +210,9 @@ class CheckpointStore:
         """
 
         def find() -> list[str]:
-            if self._ranks.rank or not self.root.is_dir():
+            if self._ranks.rank:
                 return []
-            remove_orphans(self.root, self._warn)
+            self._folder.clean()
             return [folder.name for folder in reversed(self.committed())]
 
         try:
@@ -268,7 +224,7 @@ class CheckpointStore:
             folder = self.root / name
             loaded: list[RunState] = []
 
-            def read(folder: Path = folder, loaded: list[RunState] = loaded) -> None:
+            def read(folder: Place = folder, loaded: list[RunState] = loaded) -> None:
                 loaded.append(self._read(folder, lane_start, lane_stop))
 
             try:
@@ -286,7 +242,7 @@ class CheckpointStore:
             + f"\nRestore one of them from a backup, or move {self.root} away and start the run again."
         )
 
-    def _read(self, folder: Path, lane_start: int, lane_stop: int) -> RunState:
+    def _read(self, folder: Place, lane_start: int, lane_stop: int) -> RunState:
         manifest, _ = read_manifest(folder)
         rng = contents.read_json(folder, manifest, contents.RNG)["ranks"]
         lanes, places = contents.read_lanes(folder, manifest, lane_start, lane_stop)
@@ -315,23 +271,19 @@ class CheckpointStore:
         try:
             return self._ranks.agree(work)
         except Exception:
-            self._discard()
+            if self._ranks.rank == 0:
+                self._folder.discard()
             raise
-
-    def _discard(self) -> None:
-        """After a failed save, when no rank writes any more."""
-        if self._ranks.rank == 0 and self._temporary is not None:
-            try:
-                shutil.rmtree(self._temporary)
-            except FileNotFoundError:
-                pass  # it failed before the folder was made, or after the rename
-            except OSError as error:
-                self._warn(f"left-over {self._temporary} could not be removed: {error}. The next save tries again.")
-        self._temporary = None
 
 
 def _sizes(tensors: dict[str, Any]) -> dict[str, int]:
     return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _total(begun: list[Any]) -> int:
+    """Bytes of all tensors that the ranks hold together."""
+    logical = [{name: size for sizes in begun for name, size in sizes[place].items()} for place in (1, 2)]
+    return sum(sum(sizes.values()) for sizes in [*logical, *(sizes[3] for sizes in begun)])
 
 
 def _to_standard_error(message: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint.manifest import COMMITTED, committed_folders
-from longspan.trainer.checkpoint.verify import CHECKPOINTS, checked_manifest, newest
+from longspan.trainer.checkpoint.places import Place, place_of
+from longspan.trainer.checkpoint.verify import checked_manifest, checkpoints_of, newest
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -21,9 +22,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: neither a checkpoint nor a run directory with one.
         CheckpointError: at least one does not verify; names every damaged file and byte range of all of them.
     """
-    path = Path(args.checkpoint)
-    folders = [newest(path)] if (path / COMMITTED).is_file() else []
-    folders = folders or committed_folders(path / CHECKPOINTS) or [newest(path)]
+    path = place_of(args.checkpoint)
+    folders: list[Place] = [path] if (path / COMMITTED).is_file() else committed_folders(checkpoints_of(path))
+    folders = folders or [newest(Path(args.checkpoint))]  # raises: nothing there
     results, problems = [], []
     for folder in folders:
         try:
