@@ -29,9 +29,6 @@ class DataConfig(BaseModel):
     cache_gib: float = Field(
         64.0, ge=0, description="most that the cache may take; 0 reads documents by byte ranges, without a cache"
     )
-    prefetch_steps: int = Field(
-        16, ge=0, description="steps ahead of their use that documents are fetched and verified"
-    )
     allowed_pipes: list[str] = Field(
         default_factory=list,
         description="programs that shards may come from as `pipe:PROGRAM ... {} ...`; none if empty",

@@ -58,7 +58,6 @@ class TrainingConfig(Section):
         "none", description="computed again in the backward pass, to save memory: none, each mixer, or each whole layer"
     )
     max_consecutive_skips: int = Field(10, ge=1, description="bad steps in a row that end the run (exit 72)")
-    log_interval_steps: int = Field(10, ge=1, description="steps between progress lines")
     threads: int | None = Field(None, ge=1, description="CPU threads of one process; cores / processes if unset")
 
 

@@ -29,12 +29,12 @@ class DataSource:
     documents: DocumentReader
     plan: LanePlan
 
-    def lane_reader(self, lane_start: int, lane_stop: int, prefetch_steps: int) -> LaneReader:
-        """Batches of lanes `lane_start` to `lane_stop`, read as the plan wants it; `prefetch_steps`: read ahead."""
+    def lane_reader(self, lane_start: int, lane_stop: int) -> LaneReader:
+        """Batches of lanes `lane_start` to `lane_stop`, read as the plan wants it."""
         if isinstance(self.plan, StreamPlan):
             documents = StreamedDocuments(self.plan, self.documents, lane_start, lane_stop)
-            return LaneReader(self.plan, documents, lane_start, lane_stop, prefetch_steps=prefetch_steps)
-        return LaneReader(self.plan, self.documents, lane_start, lane_stop, prefetch_steps=prefetch_steps)
+            return LaneReader(self.plan, documents, lane_start, lane_stop)
+        return LaneReader(self.plan, self.documents, lane_start, lane_stop)
 
     def resumed(self, state: Mapping[str, Any], *, allow_fork: bool) -> DataSource:
         """What to go on reading after a checkpoint: by the saved plan and its history, or a fork of it.

@@ -20,7 +20,7 @@ _LIVE_SECONDS = 0.1
 class Progress:
     """Progress of one process on standard error; ranks other than 0 are silent."""
 
-    def __init__(self, *, num_steps: int, interval_steps: int, peak_flops: float | None, silent: bool) -> None:
+    def __init__(self, *, num_steps: int, interval_steps: int = 10, peak_flops: float | None, silent: bool) -> None:
         """
         Args:
             num_steps: steps of the whole run.

@@ -33,7 +33,6 @@ class Recorder:
         self.tracking_uri: str | None = None
         self.progress = Progress(
             num_steps=config.training.steps,
-            interval_steps=config.training.log_interval_steps,
             peak_flops=peak_flops(mesh.device),
             silent=mesh.rank != 0,
         )

@@ -174,7 +174,7 @@ class Checkpoints:
         return Resumed(state, forked, num_reset, num_new)
 
     def _open_reader(self) -> LaneReader:
-        return self._source.lane_reader(self._lanes.start, self._lanes.stop, self._config.data.prefetch_steps)
+        return self._source.lane_reader(self._lanes.start, self._lanes.stop)
 
     def _resume_data(self, state: RunState, fork_data: bool) -> bool:
         """Go on with the saved plan, or a fork of it; whether it is a new fork."""

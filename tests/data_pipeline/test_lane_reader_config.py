@@ -33,9 +33,9 @@ def open_with(shards, **data):
 def test_a_url_gives_the_batches_of_the_folder(corpus, tmp_path, reader):
     with ShardServer(corpus.folder) as server:
         local = open_with(corpus.folder, reader=reader)
-        remote = open_with(server.url, reader=reader, cache_dir=str(tmp_path), prefetch_steps=2)
+        remote = open_with(server.url, reader=reader, cache_dir=str(tmp_path))
         assert isinstance(remote.plan, StreamPlan) == (reader == "streaming")
-        one, two = (source.lane_reader(0, 2, prefetch_steps=2) for source in (local, remote))
+        one, two = (source.lane_reader(0, 2) for source in (local, remote))
         for step in range(40):
             first, second = one.batch(step), two.batch(step)
             assert torch.equal(first.tokens, second.tokens) and torch.equal(first.labels, second.labels)

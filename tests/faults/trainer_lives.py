@@ -60,7 +60,7 @@ def tiny_recipe(shards: Path, seed: int, steps: int) -> dict[str, Any]:
             "layers": [{"mixer": "sliding_window"}, {"mixer": "block_recurrent", "num_states": 4}],
         },
         "data": {"shards": str(shards), "segment_tokens": 32, "lanes": LANES},
-        "training": {"steps": steps, "micro_batch_lanes": 2, "threads": 1, "log_interval_steps": 1000},
+        "training": {"steps": steps, "micro_batch_lanes": 2, "threads": 1},
         "optimizer": {"lr_peak": 0.01, "weight_decay": 0.01},
         "schedule": {"warmup_steps": 4},
         "checkpoint": {"interval_steps": 2, "keep_last": 2},
