@@ -85,6 +85,11 @@ class LanguageModel(nn.Module):
             return vocabulary_logits(y, self.embedding.weight, self.tensor_shard), state, aux
         return vocabulary_nll(y, self.embedding.weight, labels, self.tensor_shard), state, aux
 
+    def advance(self, tokens: Tensor, state: State, *, reset: Tensor) -> State:
+        """The new state alone, without the cost of logits; arguments as of `forward`."""
+        new_state: State = self.backbone(self.embedding(tokens), state, reset=reset)[1]
+        return new_state
+
     def reset_rows(self, state: State, rows: Tensor, kinds: tuple[str, ...] = ("recurrent", "cache")) -> State:
         """The state with its tensors of the given kinds at their initial value in the rows bool [B]."""
         initial = states.where(rows, self.init_state(rows.shape[0], rows.device), state)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import sys
 import uuid
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from longspan import __version__
 from longspan.data_pipeline.tokenization.base import Tokenizer
 from longspan.errors import CheckpointError, UsageError
 from longspan.modeling.hf.configuration_longspan import LongspanConfig
+from longspan.modeling.hf.expressible import inexpressible
 from longspan.modeling.hf.modeling_longspan import LongspanForCausalLM
 from longspan.modeling.hf.source import CONFIGURATION_FILE, MODELING_FILE, python_files
 from longspan.trainer.checkpoint import contents
@@ -33,7 +32,9 @@ from longspan.trainer.checkpoint.load import read_config, read_tokenizer
 from longspan.trainer.checkpoint.verify import checked_manifest, damaged, newest
 from longspan.trainer.config import RunConfig
 from longspan.trainer.export_card import Provenance, newest_result, write_card
-from longspan.trainer.export_tokenizer import EXPORT_MANIFEST, write_tokenizer
+from longspan.trainer.export_folder import check_target, published
+from longspan.trainer.export_origin import EXPORT_MANIFEST, is_exported, write_origin
+from longspan.trainer.export_tokenizer import write_tokenizer
 from longspan.trainer.export_weights import MAX_SHARD_BYTES, tensor_sha256, without_padding, write_shards
 
 
@@ -57,16 +58,18 @@ def export_checkpoint(
         CheckpointError: the checkpoint does not verify, or the export does not load back to equal weights.
     """
     source = newest(checkpoint)
-    _check_target(out, overwrite)
+    check_target(out, overwrite, EXPORT_MANIFEST)
     manifest, fingerprint = checked_manifest(source, skip="weights/")
     config = read_config(source, manifest)
+    check_expressible(config)
     try:
         weights = contents.read_weights(source, manifest)
         data = contents.read_json(source, manifest, contents.DATA)
+        tokenizer_files = contents.read_tokenizer_files(source, manifest)
     except CheckpointError as error:
         raise damaged(source, [str(error)]) from error
     tokenizer = read_tokenizer(source)
-    tensors, dropped = without_padding(weights, manifest.tied, used_ids(config, tokenizer))
+    tensors, dropped, padding = without_padding(weights, manifest.tied, used_ids(config, tokenizer))
     provenance = Provenance(
         fingerprint=fingerprint,
         step=manifest.step,
@@ -78,11 +81,20 @@ def export_checkpoint(
         tokenizer=tokenizer,
     )
     result = newest_result(source, fingerprint)
-    with _published(out) as folder:
+    with published(out) as folder:
         write_tokenizer(source, tokenizer, folder)
         _write_code_and_config(folder, config, tokenizer)
         entries = write_shards(tensors, folder, max_shard_bytes)
         write_card(folder, config, provenance, result)
+        write_origin(
+            folder,
+            config,
+            step=manifest.step,
+            counters=manifest.counters,
+            data=data,
+            tokenizer_files=tokenizer_files,
+            padding=padding,
+        )
         _write_manifest(folder, provenance, entries)
         verify_export(folder, tensors)
     return {
@@ -94,6 +106,21 @@ def export_checkpoint(
         "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
         "evaluation": None if result is None else result["key"],
     }
+
+
+def check_expressible(config: RunConfig) -> None:
+    """See that the Python files of an export know every layer of a model.
+
+    Raises:
+        UsageError: they do not; lists all that they do not know.
+    """
+    problems = inexpressible(config.model)
+    if problems:
+        raise UsageError(
+            f"the model {config.model.name} has no form in Transformers:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n`longspan generate` and `longspan evaluate` take the checkpoint itself."
+        )
 
 
 def used_ids(config: RunConfig, tokenizer: Tokenizer) -> int:
@@ -115,6 +142,7 @@ def hf_config(config: RunConfig, tokenizer: Tokenizer) -> LongspanConfig:
     model = config.model
     exported = LongspanConfig(
         vocab_size=used_ids(config, tokenizer),
+        padded_vocab_size=model.vocab_size,
         hidden_size=model.dim,
         num_attention_heads=model.num_heads,
         head_dim=model.head_dim,
@@ -150,15 +178,6 @@ def load_exported(folder: Path, device: str | torch.device = "cpu") -> LongspanF
     return model.to(device).eval()
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether a folder holds an exported model of this kind."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == LongspanConfig.model_type
-
-
 def verify_export(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Load an export strictly with its own Python files and compare every number with the source.
 
@@ -181,59 +200,6 @@ def verify_export(folder: Path, tensors: dict[str, Tensor]) -> None:
             "the export does not load back to the checkpoint's weights, so it was not published:\n"
             + "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
         )
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise UsageError(f"{out} exists. Choose another folder, or pass --overwrite to replace an earlier export.")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / EXPORT_MANIFEST).is_file()):
-        raise UsageError(
-            f"{out} is not an earlier export (it holds no {EXPORT_MANIFEST}), so --overwrite does not replace it. "
-            "Choose another folder."
-        )
-
-
-@contextlib.contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end, or vanishes."""
-    out = out.absolute()
-    prefix = f".{out.name}.partial-"
-    folder = out.parent / f"{prefix}{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{prefix}*"):
-            if not _is_running(stale.name.removeprefix(prefix)):  # an export that was killed left it
-                shutil.rmtree(stale)
-        folder.mkdir()
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}. Choose another folder.") from error
-    try:
-        yield folder
-        _sync(folder)
-        replaced = folder.with_name(f"{prefix}replaced")
-        if out.exists():
-            out.rename(replaced)
-        folder.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    """Whether another process of this number runs on this machine."""
-    return process.isdigit() and int(process) != os.getpid() and Path("/proc", process).exists()
-
-
-def _sync(folder: Path) -> None:
-    """Force files and folder entries to the disk, so that a name never outlives its contents."""
-    for path in [*(file for file in folder.rglob("*")), folder, folder.parent]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _write_code_and_config(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:

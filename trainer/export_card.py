@@ -54,11 +54,13 @@ class Provenance:
 
 
 def newest_result(checkpoint: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The newest finished evaluation of this very checkpoint in its run directory; None if there is none."""
+    """The newest perplexity versus length of this very checkpoint in its run directory; None if there is none."""
     found = []
     for marker in (run_of(checkpoint) / "evals").glob(f"[!.]*/{SUCCESS}"):  # not what is being written
         result = read_result(marker.parent)
-        if result is not None and result["checkpoint"]["fingerprint"] == fingerprint:
+        if result is None or result.get("kind") == "synthetic":
+            continue
+        if result["checkpoint"]["fingerprint"] == fingerprint:
             found.append((marker.stat().st_mtime_ns, marker.parent.name, result))
     return max(found, key=lambda entry: entry[:2])[2] if found else None
 
@@ -232,7 +234,8 @@ inputs = tokenizer("In the beginning", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0], skip_special_tokens=True))
 ```
 
-The two Python files in this folder are all the code it needs. `generate()` carries the state in its cache: greedy,
+The two Python files in this folder are all the code it needs; on a GPU they run the kernels of the package `longspan`
+where that is installed. `generate()` carries the state in its cache: greedy,
 sampling and beams; batches may be padded anywhere. A long text may be given in parts of any length
 (`past_key_values` of one call to the next) with the same result.
 

@@ -14,8 +14,8 @@ from longspan.data_pipeline.tokenization.hugging_face import TOKENIZER_NAME
 from longspan.errors import UsageError
 from longspan.modeling.hf.tokenizer import byte_tokenizer, load_tokenizer, subword_tokenizer
 from longspan.trainer.checkpoint import contents
+from longspan.trainer.export_origin import EXPORT_MANIFEST
 
-EXPORT_MANIFEST = "export_manifest.json"
 _PROBES = (
     "",
     "In the beginning was the Word",

@@ -19,7 +19,7 @@ EMBEDDING = "embedding.weight"
 
 def without_padding(
     weights: dict[str, Tensor], tied: dict[str, str], used_ids: int
-) -> tuple[dict[str, Tensor], list[Any]]:
+) -> tuple[dict[str, Tensor], list[Any], Tensor | None]:
     """The tensors that an export holds, and what was left out of the source on purpose.
 
     Names stay as they are. The embedding loses the rows that pad the vocabulary: no token has their ids, so the
@@ -31,7 +31,7 @@ def without_padding(
         used_ids: ids of the vocabulary that stand for something.
 
     Returns:
-        Tensors by name; a list of {name, reason, ...}.
+        Tensors by name; a list of {name, reason, ...}; the rows of the embedding that were left out, or None.
 
     Raises:
         CheckpointError: there are no weights.
@@ -41,10 +41,12 @@ def without_padding(
     kept = {name: tensor for name, tensor in sorted(weights.items()) if name not in tied}
     dropped: list[Any] = [{"name": name, "reason": f"shares the tensor of {owner}"} for name, owner in tied.items()]
     rows = kept[EMBEDDING].shape[0] if EMBEDDING in kept else 0
+    padding = None
     if rows > used_ids:
+        padding = kept[EMBEDDING][used_ids:]
         kept[EMBEDDING] = kept[EMBEDDING][:used_ids].contiguous()
         dropped.append({"name": EMBEDDING, "rows": [used_ids, rows], "reason": "padding of the vocabulary"})
-    return kept, dropped
+    return kept, dropped, padding
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> list[dict[str, Any]]:

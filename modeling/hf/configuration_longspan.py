@@ -4,12 +4,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+UNLIMITED = 2**30  # tokens: what stands for "no limit" where a number is asked for
+
 
 class LongspanConfig(PretrainedConfig):
     """Sizes and layers of a model.
 
     Args:
-        vocab_size: rows of the embedding, padding rows left out.
+        vocab_size: rows of the embedding, one for each id that stands for something.
+        padded_vocab_size: rows that the model was trained with; the further ones stand for nothing and are not here.
         hidden_size: width of the residual stream.
         num_attention_heads: attention heads.
         head_dim: width of one head.
@@ -20,6 +23,9 @@ class LongspanConfig(PretrainedConfig):
         feedback: window layers also read the state of the last recurrent layer.
         memory: options of the recurrent memory around the whole stack, or None.
         training_tokens: length of the segments that the model was trained on.
+        max_position_embeddings: longest text; there is no limit, and tools that cut texts to it must not.
+        kernels: "auto": on a GPU, run Longspan's own kernels where that package is installed; "never": plain PyTorch;
+            "always": wherever it is installed.
         state_dtype: type of recurrent and matrix states, whatever the type of the weights.
     """
 
@@ -38,6 +44,9 @@ class LongspanConfig(PretrainedConfig):
         feedback: bool = False,
         memory: dict[str, Any] | None = None,
         training_tokens: int | None = None,
+        padded_vocab_size: int | None = None,
+        max_position_embeddings: int = UNLIMITED,
+        kernels: str = "auto",
         state_dtype: str = "float32",
         use_cache: bool = True,
         bos_token_id: int | None = 256,
@@ -58,6 +67,11 @@ class LongspanConfig(PretrainedConfig):
         self.feedback = feedback
         self.memory = memory
         self.training_tokens = training_tokens
+        self.padded_vocab_size = padded_vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        if kernels not in ("auto", "always", "never"):
+            raise ValueError(f"kernels = {kernels!r}: use auto, always or never")
+        self.kernels = kernels
         self.state_dtype = state_dtype
         self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)  # follows from blocks

@@ -7,8 +7,10 @@ Letters in shapes: B rows, P tokens of a piece, W window (block length), H heads
 S state vectors, D width of the residual stream.
 """
 
+import importlib
 import math
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,23 @@ from torch import Tensor, nn
 
 MASKED = -1e6
 NUM_BUCKETS, MAX_DISTANCE = 32, 128
+KERNEL_FORM = 1  # of what the module below takes and gives
+
+
+@cache
+def installed_kernels() -> Any:
+    """Longspan's tuned forms of norms and of mixers over whole blocks; None without the package, or with another one
+    than these files know."""
+    try:
+        kernels = importlib.import_module("longspan.modeling.exported_kernels")
+    except ImportError:
+        return None
+    return kernels if kernels.FORM == KERNEL_FORM else None
+
+
+def kernels_for(x: Tensor, choice: str) -> Any:
+    """The kernels to run on x, or None: "auto" takes them on a GPU, "always" and "never" say it themselves."""
+    return installed_kernels() if choice == "always" or (choice == "auto" and x.is_cuda) else None
 
 
 class Piece:
@@ -35,6 +54,23 @@ class Piece:
         self.ended = self.phase + self.take == window  # [1 or B]: the piece completes a block
         self.steps = torch.arange(self.width, device=device)
         self.valid = self.steps < self.take[:, None]  # [1 or B, P]
+        self.window = window
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """From each of the 2W keys, block before and current one, to each token: int64 [1 or B, P, 2W]."""
+        places = (self.window + self.phase)[:, None] + self.steps
+        return places[..., None] - torch.arange(2 * self.window, device=places.device)
+
+    @cached_property
+    def unseen(self) -> Tensor:
+        """Keys out of a token's window: bool [1 or B, 1, P, 2W]."""
+        return ((self.distance <= 0) | (self.distance > self.window))[:, None]
+
+    @cached_property
+    def buckets(self) -> Tensor:
+        """Buckets of the distances: int64 [1 or B, P, 2W]."""
+        return distance_bucket(self.distance.clamp(0, self.window))
 
     def append(self, buffer: Tensor, new: Tensor, start: Tensor) -> Tensor:
         """`buffer` [B, J, ...] with the tokens of `new` [B, P, ...] from index `start` [1 or B] on."""
@@ -90,13 +126,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 class Norm(nn.Module):
     """Root-mean-square normalisation, statistics in float32."""
 
-    def __init__(self, dim: int) -> None:
-        """dim: width of the last dimension."""
+    def __init__(self, dim: int, kernels: str = "never") -> None:
+        """dim: width of the last dimension. kernels: see `kernels_for`."""
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
+        self.scale, self.kernels = nn.Parameter(torch.ones(dim)), kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] in the type of x."""
+        kernels = kernels_for(x, self.kernels)
+        if kernels is not None:
+            return cast(Tensor, kernels.rms_norm(x, self.scale))
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
 
@@ -138,6 +177,16 @@ class Mixer(nn.Module):
         """h [B, P, D], normalised -> [B, P, D] and the tensors after the piece."""
         raise NotImplementedError
 
+    def blocks(
+        self, h: Tensor, pieces: list[Piece], tensors: dict[str, Tensor], kernels: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward` for whole blocks h [B, n*W, D], which are the n pieces. kernels: of `installed_kernels`."""
+        parts = []
+        for part, piece in zip(h.split(self.window, 1), pieces, strict=True):
+            mixed, tensors = self(part, piece, tensors)
+            parts.append(mixed)
+        return torch.cat(parts, 1), tensors
+
 
 class WindowMixer(Mixer):
     """Attention to exactly the last W tokens. Keys before the document are zero and not masked.
@@ -168,144 +217,30 @@ class WindowMixer(Mixer):
             keys, values = (piece.where_ended(x.roll(-self.window, 1), x) for x in (keys, values))
         return self.output(mixed), {**after, "keys": keys, "values": values}
 
+    def blocks(
+        self, h: Tensor, pieces: list[Piece], tensors: dict[str, Tensor], kernels: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All blocks at once."""
+        mixed, tensors = kernels.window_blocks(self, h, tensors)
+        return self.output(mixed), tensors
+
     def attend_window(self, h: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
         """Each token reads the W tokens before it, itself not included. -> [B, P, H*K]."""
-        position = torch.arange(2 * self.window, device=h.device)
-        places = (self.window + piece.phase)[:, None] + piece.steps  # [1 or B, P], among the keys
-        distance = places[..., None] - position
         query = unit(self.split(self.query(h)), self.scale)
         if self.rotary:  # positions matter by their differences alone, so they count from the oldest key
-            query, keys = rotate(query, places), rotate(keys, position[None])
+            places = (self.window + piece.phase)[:, None] + piece.steps  # [1 or B, P], among the keys
+            query, keys = rotate(query, places), rotate(keys, torch.arange(2 * self.window, device=h.device)[None])
             bias = query.new_zeros(1, 1, 1, 1, dtype=torch.float32)
         else:
             scaled = self.position_table.float() * self.scale.float().abs()[:, None]
-            by_distance = scaled[:, distance_bucket(torch.arange(self.window + 1, device=h.device))]
-            bias = by_distance[:, distance.clamp(0, self.window)].transpose(0, 1)
-        bias = bias.masked_fill(((distance <= 0) | (distance > self.window))[:, None], MASKED)
-        return attend(query, keys, values, bias)
+            bias = scaled[:, piece.buckets].transpose(0, 1)
+        return attend(query, keys, values, bias.masked_fill(piece.unseen, MASKED))
 
     def with_state(
         self, h: Tensor, mixed: Tensor, keys: Tensor, values: Tensor, piece: Piece, tensors: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A plain window has no state."""
         return mixed, {}
-
-
-class Gate(nn.Module):
-    """c' = c * f + new * i, a channel each: one constant ("fixed"), or computed from `hidden` ("lstm")."""
-
-    def __init__(self, block: dict[str, Any], dim: int, hidden: int) -> None:
-        """block: gate, candidate; hidden: width of what an lstm gate looks at."""
-        super().__init__()
-        self.kind, self.tanh = block["gate"], block.get("candidate") == "tanh"
-        if self.kind == "fixed":
-            self.bias = nn.Parameter(torch.zeros(dim))
-        else:
-            self.forget_weight, self.input_weight = (nn.Parameter(torch.zeros(dim, hidden)) for _ in range(2))
-            self.forget_bias, self.input_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
-
-    def forward(self, state: Tensor, new: Tensor, hidden: Tensor) -> Tensor:
-        """state float32 [B, S, D], new [B, S, D], hidden [B, S, any] -> float32 [B, S, D]."""
-        new = torch.tanh(new.float()) if self.tanh else new
-        if self.kind == "fixed":
-            keep = torch.sigmoid(self.bias.float())
-            return state * keep + new.float() * (1 - keep)
-        forget = F.linear(hidden, self.forget_weight).float() + self.forget_bias.float()
-        write = F.linear(hidden, self.input_weight).float() + self.input_bias.float()
-        return state * torch.sigmoid(forget + 1) + new.float() * torch.sigmoid(write - 1)
-
-
-class StateWriting(nn.Module):
-    """Parameters that write the state, and the write."""
-
-    def __init__(self, config: Any, block: dict[str, Any]) -> None:
-        """block: gate, candidate and mode."""
-        super().__init__()
-        dim, heads, hidden = config.hidden_size, config.num_attention_heads, config.intermediate_size
-        inner = heads * config.head_dim
-        self.mode = block["mode"]
-        self.query, self.token_query = (nn.Linear(dim, inner, bias=False) for _ in range(2))
-        self.self_scale, self.token_scale = (nn.Parameter(torch.ones(heads)) for _ in range(2))
-        if self.mode != "single":
-            self.output = nn.Linear(2 * inner, dim, bias=False)
-            self.gate = Gate(block, dim, 2 * inner)
-        if self.mode == "dual":
-            self.ffn_norm = Norm(dim)
-        if self.mode != "skip":
-            self.ffn_hidden = nn.Linear(dim if self.mode == "dual" else 2 * inner, hidden, bias=False)
-            self.ffn_output = nn.Linear(hidden, dim, bias=False)
-            self.ffn_gate = Gate(block, dim, hidden)
-
-    def forward(self, state: Tensor, read: Tensor) -> Tensor:
-        """The state after a block; state float32 [B, S, D], read [B, S, 2*H*K] -> float32 [B, S, D]."""
-        if self.mode != "single":
-            state = self.gate(state, self.output(read), read)
-        if self.mode == "skip":
-            return state
-        seen = self.ffn_norm(state).to(read.dtype) if self.mode == "dual" else read
-        hidden = torch.relu(self.ffn_hidden(seen))
-        new = self.ffn_output(hidden)
-        return self.ffn_gate(state, torch.tanh(new) if self.mode == "single" else new, hidden)
-
-
-class RecurrentState(nn.Module):
-    """Parameters of the state: initial value, ids, keys and values, and what writes it unless it is frozen."""
-
-    def __init__(self, config: Any, block: dict[str, Any]) -> None:
-        """block: num_states, update, gate, candidate, mode."""
-        super().__init__()
-        dim, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.initial, self.ids = (nn.Parameter(torch.zeros(block["num_states"], dim)) for _ in range(2))
-        self.norm = Norm(dim)
-        self.key, self.value = (nn.Linear(dim, inner, bias=False) for _ in range(2))
-        self.write = None if block.get("update") == "frozen" else StateWriting(config, block)
-
-    def inputs(self, state: Tensor) -> Tensor:
-        """What the projections of a state [B, S, D] see: [B, S, D]."""
-        return (self.norm(state) + self.ids.float()).to(self.key.weight.dtype)
-
-
-class RecurrentMixer(WindowMixer):
-    """A window whose tokens also read a state of S vectors, which is written once a block.
-
-    Tensors besides those of the window: state float32 [B, S, D] after the last complete block, and what tokens
-    read of it, state_keys and state_values [B, S, H, K].
-    """
-
-    def __init__(self, config: Any, block: dict[str, Any]) -> None:
-        """block: gate, mode, num_states, update."""
-        super().__init__(config, block, reads=2)
-        self.state_query = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.state_scale = nn.Parameter(torch.ones(self.heads))
-        self.recurrent = RecurrentState(config, block)
-
-    def start(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """Null keys and values, the learned initial state."""
-        state = self.recurrent.initial.float().expand(batch, -1, -1)
-        return {**super().start(batch, device), **self.readable(state)}
-
-    def readable(self, state: Tensor) -> dict[str, Tensor]:
-        """A state [B, S, D] with its keys and values, which are kept so that no token computes them again."""
-        u = self.recurrent.inputs(state)
-        keys, values = unit(self.split(self.recurrent.key(u))), self.split(self.recurrent.value(u))
-        return {"state": state, "state_keys": keys, "state_values": values}
-
-    def with_state(
-        self, h: Tensor, mixed: Tensor, keys: Tensor, values: Tensor, piece: Piece, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens read the state from before their block; a complete block then writes it."""
-        before = {name: tensors[name] for name in ("state", "state_keys", "state_values")}
-        query = unit(self.split(self.state_query(h)), self.state_scale)
-        mixed = torch.cat([mixed, attend(query, before["state_keys"], before["state_values"])], -1)
-        write = self.recurrent.write
-        if not piece.ends or write is None:
-            return mixed, before
-        u = self.recurrent.inputs(before["state"])
-        own = unit(self.split(write.query(u)), write.self_scale)
-        others = unit(self.split(write.token_query(u)), write.token_scale)
-        read = [attend(own, before["state_keys"], before["state_values"]), attend(others, keys, values)]
-        after = self.readable(write(before["state"], torch.cat(read, -1)))
-        return mixed, {name: piece.where_ended(after[name], before[name]) for name in before}
 
 
 class LinearMixer(Mixer):

@@ -15,8 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longspan.modeling.hf.configuration_longspan import LongspanConfig
-from longspan.modeling.hf.mixers_longspan import Norm, take_along
+from longspan.modeling.hf.mixers_longspan import Norm, align, take_along
 from longspan.modeling.hf.stack_longspan import MemoryStack, Stack
+
+PART_TOKENS = 4096  # of a long text that are in memory at the same time
 
 
 class LongspanCacheLayer(CacheLayerMixin):
@@ -84,6 +86,35 @@ class LongspanCache(Cache):
         """An empty cache for a model of this configuration."""
         super().__init__(layers=[LongspanCacheLayer() for _ in range(len(config.blocks) + bool(config.memory))])
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything in it by name, on the CPU, e.g. for `safetensors.torch.save_file`; see `from_tensors`."""
+        saved: dict[str, Tensor] = {}
+        for index, layer in enumerate(list[Any](self.layers)):
+            if layer.seen is not None:
+                saved |= {f"{index}.{name}": tensor.cpu().clone() for name, tensor in layer.tensors.items()}
+                saved |= {f"{index}.seen": layer.seen.clone(), f"{index}.columns": torch.tensor(layer.columns)}
+        return saved
+
+    @classmethod
+    def from_tensors(
+        cls, config: LongspanConfig, saved: dict[str, Tensor], device: torch.device | str = "cpu"
+    ) -> "LongspanCache":
+        """The cache that `to_tensors` wrote down, for a model of the same configuration on `device`."""
+        cache = cls(config)
+        for name, tensor in saved.items():
+            index, _, what = name.partition(".")
+            if not index.isdigit() or int(index) >= len(cache.layers):
+                raise ValueError(f"{name}: this model's cache has layers 0 to {len(cache.layers) - 1}")
+            layer: Any = cache.layers[int(index)]
+            layer.is_initialized = True
+            if what == "seen":
+                layer.seen = tensor.cpu().clone()
+            elif what == "columns":
+                layer.columns = int(tensor)
+            else:
+                layer.tensors[what] = tensor.to(device, copy=True)
+        return cache
+
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a recurrent state cannot be rolled back."""
         raise ValueError("a Longspan cache cannot be cropped: its recurrent state cannot be rolled back")
@@ -102,7 +133,7 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = Stack(config) if config.memory is None else MemoryStack(config)
-        self.final_norm = Norm(config.hidden_size)
+        self.final_norm = Norm(config.hidden_size, config.kernels)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -134,6 +165,7 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        tokenizer: Any = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits of the next token.
 
@@ -146,6 +178,7 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
             labels: int64 [B, T], the inputs again; -100 is not scored. The loss is the mean in nats.
             logits_to_keep: only the last so many columns, or these columns; 0: all.
             return_dict: False: a tuple.
+            tokenizer: not used; `generate` hands on what its stop strings need.
 
         Returns:
             logits float32 [B, columns kept, vocabulary], the cache and the loss.
@@ -158,13 +191,11 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
             )
         cache = LongspanCache(self.config) if past_key_values is None else past_key_values
         order, lengths = token_order(input_ids, attention_mask)
-        x = self.embedding(input_ids)
-        y = self._run(x if order is None else take_along(x, order), lengths, cache)
-        y = y if order is None else take_along(y, order.argsort(dim=1))
-        if isinstance(logits_to_keep, Tensor):
-            y = y[:, logits_to_keep]
-        elif logits_to_keep:
-            y = y[:, -logits_to_keep:]
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if order is not None:
+            input_ids, places = take_along(input_ids, order), order.argsort(dim=1)
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        y = self._run(input_ids, lengths, cache, places[:, keep])
         logits = F.linear(self.final_norm(y), self.embedding.weight).float() / math.sqrt(self.config.hidden_size)
         loss = None
         if labels is not None:
@@ -172,21 +203,50 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
         return output.to_tuple() if return_dict is False else output
 
-    def _run(self, x: Tensor, lengths: Tensor, cache: LongspanCache) -> Tensor:
-        """Tokens [B, T, D], those of each row first, and how many there are -> [B, T, D]; fills the cache."""
-        rows, slots = x.shape[0], list[Any](cache.layers)
+    def _run(self, tokens: Tensor, lengths: Tensor, cache: LongspanCache, places: Tensor) -> Tensor:
+        """Read tokens in parts of bounded length, so that a long text needs no more memory than a short one.
+
+        Args:
+            tokens: int64 [B, T], those of each row first. lengths: int64 [B] on the CPU, how many each row has.
+            cache: of these rows; filled.
+            places: int64 [1 or B, K], of the tokens whose results are wanted.
+
+        Returns:
+            [B, K, D].
+        """
+        slots, (rows, total) = list[Any](cache.layers), tokens.shape
+        seen, carried = self._opened(slots, rows, tokens.device), [slot.tensors for slot in slots]
+        window, everything = self.config.window_tokens, places.shape[1] == total
+        parts: list[Tensor] = []
+        begin = 0
+        while begin < total:
+            # parts end where a block does, so that they cut no block
+            stop = min(begin + max(PART_TOKENS // window, 1) * window - int(seen[0]) % window, total)
+            take = (lengths - begin).clamp(0, stop - begin)
+            y, carried = self.backbone(self.embedding(tokens[:, begin:stop]), take, seen, carried)
+            seen = seen + take
+            if everything:
+                parts.append(y)
+            else:
+                here = take_along(y, (places - begin).clamp(0, stop - begin - 1))
+                inside = align((places >= begin) & (places < stop), here)
+                parts = [torch.where(inside, here, parts[0] if parts else torch.zeros_like(here))]
+            begin = stop
+        for slot, tensors in zip(slots, carried, strict=True):
+            slot.tensors, slot.seen, slot.columns = tensors, seen, slot.columns + total
+        return take_along(torch.cat(parts, 1), places) if everything else parts[0]
+
+    def _opened(self, slots: list[Any], rows: int, device: torch.device) -> Tensor:
+        """Tokens that each row of a cache has seen, int64 [B] on the CPU; starts documents in an empty one."""
         if slots[0].seen is None:
-            for slot, tensors in zip(slots, self.backbone.start(rows, x.device), strict=True):
+            for slot, tensors in zip(slots, self.backbone.start(rows, device), strict=True):
                 slot.tensors, slot.seen, slot.is_initialized = tensors, torch.zeros(rows, dtype=torch.int64), True
-        seen = slots[0].seen
+        seen: Tensor = slots[0].seen
         if len(seen) != rows:
             raise ValueError(f"the cache holds {len(seen)} rows, input_ids has {rows}")
         if not all(slot.seen is not None and torch.equal(slot.seen, seen) for slot in slots):
             raise ValueError("the layers of the cache have seen different tokens; start from an empty cache")
-        y, carried = self.backbone(x, lengths, seen, [slot.tensors for slot in slots])
-        for slot, tensors in zip(slots, carried, strict=True):
-            slot.tensors, slot.seen, slot.columns = tensors, seen + lengths, slot.columns + x.shape[1]
-        return y
+        return seen
 
 
 def token_order(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 CONFIGURATION_FILE = "configuration_longspan.py"
 MODELING_FILE = "modeling_longspan.py"
-PARTS = ("mixers_longspan.py", "stack_longspan.py", MODELING_FILE)
+PARTS = ("mixers_longspan.py", "recurrent_longspan.py", "stack_longspan.py", MODELING_FILE)
 _PACKAGE = "longspan.modeling.hf."
 _FOLDER = Path(__file__).parent
 

@@ -13,13 +13,14 @@ from longspan.modeling.hf.mixers_longspan import (
     Mixer,
     Norm,
     Piece,
-    RecurrentMixer,
     WindowMixer,
     align,
     attend,
+    kernels_for,
     take_along,
     unit,
 )
+from longspan.modeling.hf.recurrent_longspan import RecurrentMixer
 
 MIXERS = {
     "sliding_window": WindowMixer,
@@ -57,15 +58,23 @@ class Layer(nn.Module):
         super().__init__()
         if block["mixer"] not in MIXERS:
             raise ValueError(f"mixer {block['mixer']!r} in config.blocks: known are {', '.join(MIXERS)}")
-        self.norm = Norm(config.hidden_size)
+        self.norm = Norm(config.hidden_size, config.kernels)
         reads_state = config.feedback and block["mixer"] == "sliding_window"
         self.mixer: Mixer = (FeedbackMixer if reads_state else MIXERS[block["mixer"]])(config, block)
-        self.ffn_norm = Norm(config.hidden_size)
+        self.ffn_norm = Norm(config.hidden_size, config.kernels)
         self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, piece: Piece, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """x [B, P, D] -> y [B, P, D] and the mixer's tensors after the piece."""
         mixed, tensors = self.mixer(self.norm(x), piece, tensors)
+        y = x + mixed
+        return y + self.ffn(self.ffn_norm(y)), tensors
+
+    def blocks(
+        self, x: Tensor, pieces: list[Piece], tensors: dict[str, Tensor], kernels: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward` for whole blocks; see `Mixer.blocks`."""
+        mixed, tensors = self.mixer.blocks(self.norm(x), pieces, tensors, kernels)
         y = x + mixed
         return y + self.ffn(self.ffn_norm(y)), tensors
 
@@ -106,7 +115,7 @@ class Stack(nn.Module):
     def __init__(self, config: Any) -> None:
         """One layer for each entry of config.blocks."""
         super().__init__()
-        self.window = config.window_tokens
+        self.window, self.kernels = config.window_tokens, config.kernels
         self.layers = nn.ModuleList(Layer(config, block) for block in config.blocks)
         recurrent = [index for index, block in enumerate(config.blocks) if block["mixer"] == "block_recurrent"]
         self.source = recurrent[-1] if config.feedback else None  # whose state the windows read
@@ -120,6 +129,22 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """x [B, T, D], lengths and seen int64 [B] on the CPU (see `by_block`) -> y [B, T, D], carried after it."""
         carried = list(carried)
+        kernels = kernels_for(x, self.kernels)
+        whole = int(lengths.min()) // self.window * self.window
+        if kernels is None or self.source is not None or not whole or bool((seen % self.window).any()):
+            return self._by_block(x, lengths, seen, carried), carried
+        pieces = [
+            Piece(seen + begin, torch.full_like(seen, self.window), self.window, x.device)
+            for begin in range(0, whole, self.window)
+        ]
+        head = x[:, :whole]
+        for index, layer in enumerate(self.layers):
+            head, carried[index] = cast(Layer, layer).blocks(head, pieces, carried[index], kernels)
+        rest = self._by_block(x[:, whole:], lengths - whole, seen + whole, carried)
+        return torch.cat([head, rest], 1), carried
+
+    def _by_block(self, x: Tensor, lengths: Tensor, seen: Tensor, carried: list[dict[str, Tensor]]) -> Tensor:
+        """As `forward`, block by block through all layers; changes the list `carried`."""
 
         def run(part: Tensor, before: Tensor, take: Tensor) -> Tensor:
             piece = Piece(before, take, self.window, part.device)
@@ -129,7 +154,7 @@ class Stack(nn.Module):
                 part, carried[index] = layer(part, piece, offered | carried[index])
             return part
 
-        return by_block(x, lengths, seen, self.window, run), carried
+        return by_block(x, lengths, seen, self.window, run)
 
 
 class MemoryStack(nn.Module):

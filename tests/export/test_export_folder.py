@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import safetensors.torch
 import torch
 import yaml
 from exports import MODELS, native_model, run_config, run_directory
+from huggingface_hub import ModelCard
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
+import tiny_run
 
 from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
 from longspan.errors import CheckpointError, UsageError
 from longspan.modeling.hf.source import python_files
-from longspan.trainer import export
-from longspan.trainer.evaluation.result import summarise
+from longspan.trainer import export, recipes
+from longspan.trainer.evaluation.run import evaluate
 from longspan.trainer.evaluation.spec import EvaluationSpec
-from longspan.trainer.evaluation.windows import Score
 from longspan.trainer.export import export_checkpoint, hf_config, load_exported
 from longspan.trainer.export_weights import plan_shards, tensor_sha256
 
@@ -31,6 +35,8 @@ FILES = {
     "configuration_longspan.py",
     "export_manifest.json",
     "generation_config.json",
+    "longspan/padding.safetensors",
+    "longspan/training.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "modeling_longspan.py",
@@ -45,38 +51,6 @@ def listing(folder: Path) -> set[str]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def plant_result(run: Path, fingerprint: str, key: str = "k1") -> dict[str, Any]:
-    """A finished evaluation, its measured part made by the evaluation's own code."""
-    spec = EvaluationSpec(name="t", context_tokens=(8, 16), bootstrap_samples=100)
-    scores = [
-        Score(document, 0, mode, length, nats, 100, 100, length, length + 7)
-        for mode, length, nats in (
-            ("truncated", 8, 150.0),
-            ("truncated", 16, 120.0),
-            ("carried", 0, 100.0),
-            ("state_reset", 8, 110.0),
-        )
-        for document in range(3)
-    ]
-    result = {
-        "key": key,
-        "protocol": "ppl-vs-length/1",
-        "spec": spec.canonical(),
-        "spec_digest": spec.digest,
-        "checkpoint": {"run": "run", "step": 1, "fingerprint": fingerprint},
-        "model": {"name": "tiny", "window_tokens": 8, "quantum": 8, "segment_tokens": 32},
-        "data": {"shards": "corpora/none", "digest": "da" * 32, "split": "held_out"},
-        **summarise(scores, spec, 8),
-        "scores": [],
-        "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu"},
-    }
-    folder = run / "evals" / key
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result))
-    (folder / "_SUCCESS").touch()
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +69,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_files(exported: Path) -> None:
     assert listing(exported) == FILES
     assert list(exported.parent.iterdir()) == [exported]
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.iterdir()), "readable by others"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.rglob("*")), "readable by others"
 
 
 def test_python_files_stand_alone(exported: Path) -> None:
@@ -107,8 +81,9 @@ def test_python_files_stand_alone(exported: Path) -> None:
                 modules.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 modules.add("." * node.level + (node.module or ""))
-        allowed = {"math", "typing", "collections", "torch", "transformers"}
+        allowed = {"functools", "importlib", "math", "typing", "collections", "torch", "transformers"}
         assert {m for m in modules if m.split(".")[0] not in allowed} <= {".configuration_longspan"}
+        assert "import longspan" not in text and "from longspan" not in text
 
 
 def test_class_names_avoid_what_the_library_treats_specially() -> None:
@@ -178,24 +153,28 @@ def test_newest_checkpoint_of_a_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_card_with_the_measured_curve(tmp_path: Path) -> None:
-    run = run_directory(tmp_path / "run", "lstm_dual")
-    fingerprint = export_checkpoint(run, tmp_path / "before")["fingerprint"]
-    plant_result(run, "another checkpoint's", "k0")
-    result = plant_result(run, fingerprint)
-    assert export_checkpoint(run, tmp_path / "out")["evaluation"] == "k1"
+    run = tiny_run.run_directory(tmp_path / "run", tiny_run.config(tiny_run.corpus(tmp_path)), (1, 2))
+    spec = recipes.load(EvaluationSpec, tiny_run.spec_file(tmp_path))
+    earlier, newest = run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002"
+    result = evaluate(earlier, spec)
+    assert export_checkpoint(newest, tmp_path / "before")["evaluation"] is None, "the result of another checkpoint"
+    assert export_checkpoint(earlier, tmp_path / "out")["evaluation"] == result["key"]
     assert listing(tmp_path / "out") == FILES | {"curve.png", "eval/ppl_vs_length.json"}
     _, head, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    points = [(point["mode"], point["context_tokens"]) for point in result["curve"]]
     entries = yaml.safe_load(head)["model-index"][0]["results"]
-    assert [(e["dataset"]["args"]["mode"], e["dataset"]["args"]["context"]) for e in entries] == [
-        ("truncated", 8),
-        ("truncated", 16),
-        ("state_reset", 8),
-        ("carried", "whole document"),
+    found = [(e["dataset"]["args"]["mode"], e["dataset"]["args"]["context"]) for e in entries]
+    assert found == [*points, ("carried", "whole document")] and ("truncated", 64) in points
+    assert [e["metrics"][0]["value"] for e in entries[:-1]] == [point["bits_per_byte"] for point in result["curve"]]
+    parsed = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert parsed is not None and [entry.metric_value for entry in parsed] == [
+        *(point["bits_per_byte"] for point in result["curve"]),
+        result["carried"]["bits_per_byte"],
     ]
-    assert entries[1]["metrics"][0]["value"] == result["curve"][1]["bits_per_byte"]
     gain = result["memory_gain"]["bits_per_byte"]
-    assert gain > 0 and f"{gain:+.4f}" in body
-    for fact in (fingerprint, "c0" * 32, "32 tokens a segment", "8 tokens", "float32", "vLLM", "![Bits per byte"):
+    assert f"{gain:+.4f}" in body
+    fingerprint = result["checkpoint"]["fingerprint"]
+    for fact in (fingerprint, "16 tokens a segment", "8 tokens", "float32", "vLLM", "![Bits per byte"):
         assert fact in body, fact
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert read_json(tmp_path / "out" / "eval" / "ppl_vs_length.json")["curve"] == result["curve"]
@@ -257,13 +236,15 @@ def test_export_that_does_not_load_back_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["write_shards", "write_card", "verify_export", "_sync"])
+@pytest.mark.parametrize("place", ["write_shards", "write_card", "write_origin", "verify_export"])
 def test_killed_export_shows_nothing_and_the_next_cleans_up(run: Path, tmp_path: Path, place: str) -> None:
     child = os.fork()
     if child == 0:
-        setattr(export, place, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-        export_checkpoint(run, tmp_path / "out")
-        os._exit(1)
+        try:
+            setattr(export, place, lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL))
+            export_checkpoint(run, tmp_path / "out")
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []

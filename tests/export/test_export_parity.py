@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import MODELS, native_logits, native_model, run_config, run_directory
+from exports import native_logits, native_model, run_config, run_directory
 
 from longspan.data_pipeline.vocabulary import PAD
 from longspan.trainer.export import export_checkpoint
@@ -19,6 +19,8 @@ from longspan.trainer.export import export_checkpoint
 TOLERANCE = 1e-5
 STEP = 1
 USED_IDS = PAD + 1
+# one of each kind of layer and of stack; every recipe's logits and splits: test_export_models.py
+MODELS = ("fixed_skip", "lstm_dual_tanh", "hybrid", "feedback_two", "memory_hybrid")
 
 
 @pytest.fixture(scope="module")
