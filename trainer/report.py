@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longspan.errors import UsageError
 from longspan.trainer.report_data import RunRecord, read_run
+from longspan.trainer.report_evaluation import evaluation_sections
 from longspan.trainer.report_html import document
 from longspan.trainer.report_length import length_sections
 from longspan.trainer.report_parts import checkpoints, configuration, data, header, machine, samples, tiles
@@ -15,8 +16,8 @@ from longspan.trainer.report_training import loss_section, speed_sections
 REPORT = "report.html"
 
 
-def write_report(run: Path) -> Path:
-    """Write RUN/report.html anew; a reader sees the old page or the new one, never a part.
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write RUN/report.html, or `out`, anew; a reader sees the old page or the new one, never a part.
 
     Returns:
         Where it is.
@@ -25,13 +26,15 @@ def write_report(run: Path) -> Path:
         UsageError: `run` is no run directory, or cannot be written to.
     """
     page = render(read_run(run))
-    path = run / REPORT
-    temporary = run / f".{REPORT}.{os.getpid()}"
+    path = out or run / REPORT
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}. Change the permissions of {run}.") from error
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Change the permissions of {path.parent}."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -43,6 +46,7 @@ def render(record: RunRecord) -> str:
         header(record),
         tiles(record),
         *length_sections(record),
+        *evaluation_sections(record),
         loss_section(record),
         *speed_sections(record),
         samples(record),

@@ -29,7 +29,8 @@ class RunRecord:
         steps: log entries of optimizer steps, one a step, ascending.
         validations, checkpoints, failures: log entries of these kinds, in log order.
         other: log entries of all further kinds (start, stop, ...), in log order.
-        evaluations: result.json of every finished evaluation, by checkpoint step, ascending.
+        evaluations: result.json of every finished evaluation by context length, by checkpoint step, ascending.
+        tasks: the same of evaluations on synthetic tasks.
         committed: committed checkpoints of this run on disk, ascending: step, name, manifest.
         manifest: the data manifest, or None when the shards are not here.
     """
@@ -43,6 +44,7 @@ class RunRecord:
     failures: list[Entry] = field(default_factory=list)
     other: list[Entry] = field(default_factory=list)
     evaluations: list[Entry] = field(default_factory=list)
+    tasks: list[Entry] = field(default_factory=list)
     committed: list[Entry] = field(default_factory=list)
     manifest: Entry | None = None
 
@@ -61,7 +63,9 @@ def read_run(run: Path) -> RunRecord:
     record = RunRecord(run)
     _read_config(record)
     _read_log(record)
-    record.evaluations = read_evaluations(run)
+    results = read_evaluations(run)
+    record.evaluations = [result for result in results if result.get("kind") != "synthetic"]
+    record.tasks = [result for result in results if result.get("kind") == "synthetic"]
     record.committed = _read_checkpoints(run)
     record.manifest = _read_manifest(record)
     return record

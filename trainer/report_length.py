@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from longspan.trainer.evaluation.compare import PairedResults, targets_of
 from longspan.trainer.report_data import Entry, RunRecord, checkpoint_step, number
+from longspan.trainer.report_evaluation import gain, rate
 from longspan.trainer.report_html import details, empty, figure, section, signed, table, text
 from longspan.trainer.report_html import number as shown
 from longspan.trainer.report_svg import Chart, Marker, Series, format_length, svg
@@ -15,10 +17,15 @@ MODES: dict[str, tuple[str, int, Any]] = {
     "state_reset": ("state forgotten L tokens ago, caches kept", 2, "marked"),
     "reset": ("state and caches forgotten L tokens ago", 5, "dashed"),
 }
-WHOLE = {"carried": ("carries everything since the start", 3), "swapped": ("another document's state", 4)}
+WHOLE = {
+    "carried": ("carries everything since the start", 3),
+    "swapped": ("another document's state", 4),
+    "local": ("state forgotten after each training segment", 6),
+}
 GAINS = {
     "memory_gain": "memory gain: forgetting the state, minus carrying it",
     "content_gain": "content gain: another document's state, minus its own",
+    "local_gain": "local gain: forgetting the state after each training segment, minus carrying it",
 }
 
 
@@ -109,6 +116,7 @@ def _gains(result: Entry) -> str:
 def _numbers(result: Entry) -> str:
     entries = [*result["curve"]]
     entries += [{**result[mode], "mode": mode} for mode in WHOLE if result.get(mode)]
+    gains = {("truncated", entry["context_tokens"]): entry for entry in result.get("context_gain") or []}
     rows = [
         [
             text(entry["mode"]),
@@ -116,11 +124,19 @@ def _numbers(result: Entry) -> str:
             shown(number(entry, "bits_per_byte"), 4),
             f"{shown(number(entry, 'ci_low'), 4)} to {shown(number(entry, 'ci_high'), 4)}",
             shown(number(entry, "perplexity_per_token"), 4),
+            gain(gains.get((entry["mode"], entry.get("context_tokens")))),
         ]
         for entry in entries
     ]
-    head = ["mode", "context (tokens)", "bits per byte", "interval", "perplexity per token"]
-    return details("All numbers", table(head, rows, (1, 2, 3, 4)))
+    head = [
+        "mode",
+        "context (tokens)",
+        "bits per byte",
+        "interval",
+        "perplexity per token",
+        "minus the longest context",
+    ]
+    return details("All numbers", table(head, rows, (1, 2, 3, 4, 5)))
 
 
 def _history(results: list[Entry]) -> str:
@@ -155,4 +171,17 @@ def _history(results: list[Entry]) -> str:
             "Carried bits per byte over steps", figure(chart("Carried bits per byte over steps", carried, 3, False))
         ),
     ]
-    return f'<div class="pair">{"".join(cards)}</div>'
+    return f'<div class="pair">{"".join(cards)}</div>{_steps(results)}'
+
+
+def _steps(results: list[Entry]) -> str:
+    """Every checkpoint's carried rate, minus that of the checkpoint before: paired, so that noise shows as noise."""
+    rows = []
+    for before, result in zip([None, *results[:-1]], results, strict=True):
+        change = "–"
+        if before is not None and targets_of(before) == targets_of(result) and result.get("scores"):
+            found = PairedResults([before, result]).difference(1, ("carried", 0))
+            change = gain(None if found is None else found.as_dict())
+        rows.append([f"{checkpoint_step(result):,}", rate(result.get("carried")), change])
+    head = ["step", "carried, bits per byte", "minus the checkpoint before"]
+    return section("Checkpoint by checkpoint", table(head, rows, (0, 1, 2)))

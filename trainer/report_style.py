@@ -46,6 +46,11 @@ pre.config { white-space: pre; max-height: 460px; overflow-y: auto; }
 pre + p { margin-top: 16px; } td:first-child { white-space: nowrap; }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--accent); font-size: 13.5px; }
 .hash { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.ci { color: var(--soft); font-size: 12px; white-space: nowrap; }
+.chip { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px;
+  background: currentColor; }
+.chip.s1 { color: var(--s1); } .chip.s2 { color: var(--s2); } .chip.s3 { color: var(--s3); }
+.chip.s4 { color: var(--s4); } .chip.s5 { color: var(--s5); } .chip.s6 { color: var(--s6); }
 .empty { color: var(--soft); font-style: italic; }
 footer { color: var(--soft); font-size: 12.5px; margin-top: 28px; }
 figure { margin: 12px 0 0; } svg.chart { display: block; width: 100%; height: auto; overflow: visible; }

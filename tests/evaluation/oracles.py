@@ -54,8 +54,12 @@ class Oracle:
         assert labels is not None
         nll = torch.where(labels == tokens + 1, nll, WRONG)
         nll = torch.where(labels == -100, 0.0, nll)
-        memory = {"seen": state["memory"]["seen"] + length, "owner": documents[:, :1]}
+        kept = torch.where(owner < 0, documents[:, :1], owner)
+        memory = {"seen": state["memory"]["seen"] + length, "owner": kept}
         return nll, {"memory": memory, "cache": {"seen": state["cache"]["seen"] + length}}, {}
+
+    def advance(self, tokens: Tensor, state: State, *, reset: Tensor) -> State:
+        return self(tokens, state, reset=reset, labels=torch.full_like(tokens, -100))[1]
 
     def reset_rows(self, state: State, rows: Tensor, kinds: Sequence[str] = ("recurrent", "cache")) -> State:
         assert rows.all()
@@ -89,7 +93,10 @@ def documents(
     lengths: Sequence[int] = (400, 330, 510),
     first: int = 130,
     span: int = 48,
-    token_bytes: Sequence[int] = (1, 1, 1),
+    token_bytes: Sequence[int] = (1, 1, 1, 1, 1, 1),
+    sources: Sequence[str] = ("", "", "", "", "", ""),
+    words: Sequence[int | None] = (None, None, None, None, None, None),
+    repeats: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[ScoredDocument]:
     """Documents with two spans each, which start off every grid."""
     return [
@@ -98,18 +105,22 @@ def documents(
             np.arange(length, dtype=np.int64) + d * MILLION,
             np.full(length, token_bytes[d], dtype=np.int64),
             [(first + 3 * d, first + 3 * d + span), (first + span + 11 * d + 20, first + 2 * span + 11 * d + 20)],
+            sources[d],
+            np.zeros(0, dtype=bool) if repeats is None else repeats(np.arange(length)),
+            words[d],
         )
         for d, length in enumerate(lengths)
     ]
 
 
 PLAN = Plan(
-    modes=("truncated", "carried", "reset", "state_reset", "swapped"),
+    modes=("truncated", "carried", "reset", "state_reset", "swapped", "local"),
     context_tokens=(16, 32, 64, 128),
     reset_tokens=(16, 64),
     window_tokens=16,
     stride_tokens=16,
     batch_tokens=4096,
+    segment_tokens=64,
 )
 
 

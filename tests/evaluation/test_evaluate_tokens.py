@@ -17,12 +17,13 @@ from longspan.data_pipeline.manifest import Manifest
 from longspan.data_pipeline.tokenization import load_tokenizer
 from longspan.errors import UsageError
 from longspan.trainer import cli, recipes
-from longspan.trainer.checkpoint.load import load_model
+from longspan.trainer.checkpoint.load import load_model, without_padding_rows
 from longspan.trainer.corpus_tokenizer import tokenizer_files
 from longspan.trainer.evaluation import run as evaluation_run
 from longspan.trainer.evaluation import targets
 from longspan.trainer.evaluation.run import evaluate
 from longspan.trainer.evaluation.spec import EvaluationSpec
+from longspan.trainer.evaluation.windows import ScoredDocument
 
 KINDS = ("bytes", "bpe", "pieces")
 SPEC = {"span_bytes": 40, "context_tokens": [8, 32], "bytes_per_token": 4}
@@ -56,7 +57,7 @@ def spec_of(folder: Path, **changes: Any) -> EvaluationSpec:
 
 def scored_by_hand(run: Path, result: dict[str, Any]) -> tuple[float, int, int]:
     """Bits per byte, bytes and tokens of the result's spans, from the texts and whole passes over them."""
-    model, shards = load_model(run).model, Path(result["data"]["shards"])
+    model, shards = without_padding_rows(load_model(run)).model, Path(result["data"]["shards"])
     encode: Callable[[bytes], Any] = lambda text: np.array([256, *text, 257])  # noqa: E731
     if (shards / "tokenizer").is_dir():
         encode = lambda text: load_tokenizer(shards / "tokenizer").encode(text).ids.astype(np.int64)  # noqa: E731
@@ -106,11 +107,35 @@ def test_scored_are_the_tokens_inside_the_spans_and_their_bytes(
 
 
 def test_the_spans_are_those_of_the_text_whatever_the_tokens(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Up to the hash of a document, which is over its tokens: the slots that a span may take are the same."""
     found = [evaluate(checkpoint_of(runs[kind]), spec_of(tmp_path), tmp_path)["data"] for kind in KINDS]
-    assert found[0]["needed_bytes"] == found[1]["needed_bytes"] == found[2]["needed_bytes"]
-    sizes = [{entry["id"]: entry["num_bytes"] for entry in data["documents"]} for data in found]
-    assert sizes[0] == sizes[1] == sizes[2] and len(sizes[0]) == 3
+    assert len(found[0]["documents"]) == 3
+    for data in found[1:]:
+        assert data["documents"] == found[0]["documents"] and data["needed_bytes"] == found[0]["needed_bytes"]
+        assert data["mask_digest"] != found[0]["mask_digest"]  # the tokens are others
+
+
+def test_spans_from_a_hash_of_the_tokens_are_noticed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = targets.document_spans
+    monkeypatch.setattr(
+        targets, "document_spans", lambda entry, *rest: right(entry.model_copy(update={"id": entry.sha256}), *rest)
+    )
+    found = [evaluate(checkpoint_of(runs[kind]), spec_of(tmp_path), tmp_path)["data"]["documents"] for kind in KINDS]
+    assert found[0] != found[1]
+
+
+def test_words_are_those_of_the_text_whatever_the_tokens(runs: dict[str, Path], tmp_path: Path) -> None:
+    results = [evaluate(checkpoint_of(runs[kind]), spec_of(tmp_path), tmp_path) for kind in KINDS]
+    texts = [token_corpora.texts()[entry["id"]] for entry in results[0]["data"]["documents"]]
+    for result in results:
+        whole = result["whole"]
+        assert whole["complete"] and whole["words"] == sum(len(text.decode().split()) for text in texts)
+        assert whole["bytes"] == sum(len(text) for text in texts)
+        nats = whole["nats_per_token"] * whole["tokens"]
+        assert math.log(whole["perplexity_per_word"]) == pytest.approx(nats / whole["words"], rel=1e-12)
+    headed = evaluate(checkpoint_of(runs["bpe"]), spec_of(tmp_path, max_document_bytes=400), tmp_path)["whole"]
+    assert not headed["complete"] and headed["words"] is None and headed["perplexity_per_word"] is None
 
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 1), (-1, -1)])
@@ -140,13 +165,8 @@ def test_the_longest_document_has_a_donor_for_every_place(runs: dict[str, Path],
     """Heads of equal bytes have other numbers of tokens."""
     result = evaluate(checkpoint_of(runs["bpe"]), spec_of(tmp_path, spans_per_document=4), tmp_path)
     assert result["swapped"]["bits_per_byte"] != result["carried"]["bits_per_byte"]
-    shorter = token_corpora.texts()["tales/5"]
-    reader = evaluation_run.open_shards(str(result["data"]["shards"]), tiny_run.config(Path("none")).data)
-    selection = targets.select(reader.manifest.split("held_out"), spec_of(tmp_path))
-    documents = evaluation_run._read_documents(reader, selection, spec_of(tmp_path))
-    reader.close()
-    sizes = sorted(len(document.tokens) for document in documents)
-    assert sizes[-1] == sizes[-2] < len(shorter)
+    document = ScoredDocument("a", np.array([9, 1, 2, 3]), np.array([0, 1, 1, 1]), [])
+    assert document.inputs(2, 4).tolist() == [2, 3] and document.inputs(2, 7).tolist() == [2, 3, 9, 1, 2]
 
 
 def test_too_few_tokens_before_a_target_name_the_setting(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -16,34 +16,39 @@ from longspan.trainer.evaluation import bootstrap, scorer
 from longspan.trainer.evaluation.result import Sums, summarise
 from longspan.trainer.evaluation.scorer import Scorer
 from longspan.trainer.evaluation.spec import EvaluationSpec
-from longspan.trainer.evaluation.windows import Score
+from longspan.trainer.evaluation.token_sums import TokenSums
+from longspan.trainer.evaluation.windows import POSITION, WHOLE, Score, score_keys
 
+REMEMBERS = ("carried", "swapped", POSITION)
 SPEC = EvaluationSpec(name="test", context_tokens=PLAN.context_tokens, bootstrap_samples=200)
+WITHOUT_LOCAL = replace(PLAN, modes=PLAN.modes[:-1])
 
 
-WHOLE = ("carried", "swapped")
-
-
-def assert_flat(scores: list[Score], nats: float) -> None:
-    """Every mode at every length costs `nats` a token."""
+def assert_flat(scores: list[Score], nats: float, variants: int = 4 + 1 + 2 + 2 + 1 + 1) -> None:
+    """Every mode at every length, and every place that has 16 tokens before it, costs `nats` a token."""
     sums = Sums(scores, SPEC)
-    assert len(sums.variants) == 4 + 1 + 2 + 2 + 1
+    assert len(sums.variants) == variants
     for variant in sums.variants:
         assert abs(sums.rate(variant)["nats_per_token"] - nats) < 1e-12, variant
+    places = [score for score in scores if score.mode == POSITION and score.span >= 4]
+    assert len(places) == 3 * 5
+    assert all(abs(score.nats / score.tokens - nats) < 1e-12 for score in places)
 
 
 def assert_exact(scores: list[Score], nats_of: Callable[[str, int, int], float]) -> None:
     """Each score is the sum of nats_of(mode, position of the target, tokens since its window's start)."""
     docs = documents()
-    assert len(scores) == 3 * 2 * 10
+    assert [score.key for score in scores] == score_keys(docs, PLAN)
+    assert len(scores) == 3 * 2 * 11 + 3 * 9
     for score in scores:
-        a, b = docs[score.document].spans[score.span]
+        a, b = docs[score.document].spans[score.span] if score.mode != POSITION else bucket(score)
         length = score.context_tokens or PLAN.window_tokens
         total, contexts = [], []
         for first in range(a, b, PLAN.stride_tokens):
             start = (first - length) // 8 * 8
             for target in range(first, min(first + PLAN.stride_tokens, b)):
-                total.append(nats_of(score.mode, target, target - start))
+                in_window = (target - 1) % PLAN.segment_tokens + 1 if score.mode == "local" else target - start
+                total.append(nats_of(score.mode, target, in_window))
                 contexts.append(target if score.mode in WHOLE else target - start)
         assert score.nats == pytest.approx(math.fsum(total), abs=1e-12), score
         assert (score.tokens, score.bytes) == (b - a, b - a)
@@ -51,17 +56,32 @@ def assert_exact(scores: list[Score], nats_of: Callable[[str, int, int], float])
         assert score.context_min >= score.context_tokens
 
 
+def bucket(score: Score) -> tuple[int, int]:
+    return 2**score.span, min(2 ** (score.span + 1), len(documents()[score.document].tokens))
+
+
 def gained(mode: str, position: int, in_window: int) -> float:
     """What `gaining` costs when only the recurrent state counts."""
-    context = position if mode in WHOLE else in_window
+    context = position if mode in REMEMBERS else in_window
     return 3.0 - 0.05 * math.log2(context + 1) + 0.001 * position + (FOREIGN if mode == "swapped" else 0.0)
 
 
 def test_without_gain_beyond_the_shortest_context_every_mode_is_flat() -> None:
-    docs = documents()
-    same_owner = Oracle(flat(16))
-    same_owner.swap_rows = lambda state, permutation, kinds: state  # type: ignore[method-assign]
-    assert_flat(scores_of(same_owner, docs=docs), 2.0 + 1.5 / math.sqrt(17))
+    nats = 2.0 + 1.5 / math.sqrt(17)
+    from_state = Oracle(flat(16))
+    from_state.swap_rows = lambda state, permutation, kinds: state  # type: ignore[method-assign]
+    assert_flat(scores_of(from_state, WITHOUT_LOCAL), nats, 10)  # `local` takes the last tokens from the state too
+    from_cache = Oracle(lambda context: 0 * context, flat(16))
+    from_cache.swap_rows = lambda state, permutation, kinds: state  # type: ignore[method-assign]
+    assert_flat(scores_of(from_cache), nats)
+
+
+def test_the_flat_oracle_is_flat_over_a_whole_long_document() -> None:
+    docs = documents(lengths=(40_000, 33_000))
+    plan = replace(WITHOUT_LOCAL, modes=("carried",), batch_tokens=1000)
+    scores = scores_of(Oracle(flat(16)), plan, docs)
+    found = [score.nats / score.tokens for score in scores if score.mode == POSITION and score.span >= 4]
+    assert len(found) == 2 * 12 and max(abs(nats - (2.0 + 1.5 / math.sqrt(17))) for nats in found) < 1e-12
 
 
 def test_a_gain_from_the_state_is_measured_exactly_in_every_mode() -> None:
@@ -70,12 +90,12 @@ def test_a_gain_from_the_state_is_measured_exactly_in_every_mode() -> None:
 
 def test_a_gain_from_the_cache_alone_survives_state_reset_and_not_reset() -> None:
     def nats(mode: str, position: int, in_window: int) -> float:
-        context = position if mode in ("carried", "swapped", "state_reset") else in_window
+        context = position if mode not in ("truncated", "reset") else in_window
         return 2.0 + 3.0 - 0.05 * math.log2(context + 1) + (FOREIGN if mode == "swapped" else 0.0)
 
     scores = scores_of(Oracle(lambda context: 2.0 + 0 * context, gaining))
     assert_exact(scores, nats)
-    result = summarise(scores, SPEC, PLAN.window_tokens)
+    result = summarise(scores, documents(), SPEC, PLAN.window_tokens)
     assert result["memory_gain"] == {"context_tokens": 16, "bits_per_byte": 0.0, "ci_low": 0.0, "ci_high": 0.0}
     assert result["reset_gain"][0]["ci_low"] > 0
     assert result["content_gain"]["bits_per_byte"] == pytest.approx(FOREIGN / math.log(2))
@@ -94,7 +114,10 @@ def test_other_quanta_round_the_window_down(quantum: int) -> None:
 def test_the_batch_changes_nothing() -> None:
     reference = scores_of(gaining_oracle())
     for batch_tokens in (1, 64, 300, 1100):
-        assert scores_of(gaining_oracle(), replace(PLAN, batch_tokens=batch_tokens)) == reference
+        scores = scores_of(gaining_oracle(), replace(PLAN, batch_tokens=batch_tokens))
+        assert [replace(score, nats=0.0) for score in scores] == [replace(score, nats=0.0) for score in reference]
+        for score, other in zip(scores, reference, strict=True):
+            assert abs(score.nats - other.nats) <= 1e-14 * other.nats
 
 
 def test_progress_rises_to_exactly_one() -> None:
@@ -106,9 +129,11 @@ def test_progress_rises_to_exactly_one() -> None:
 def test_every_mode_and_length_scores_the_same_targets() -> None:
     per_variant: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {}
     for score in scores_of(gaining_oracle()):
+        if score.mode == POSITION:
+            continue
         key = (score.mode, score.context_tokens)
         per_variant.setdefault(key, []).append((score.document, score.span, score.tokens, score.bytes))
-    assert len(per_variant) == 10
+    assert len(per_variant) == 11
     assert all(targets == per_variant["carried", 0] for targets in per_variant.values())
 
 
@@ -154,8 +179,8 @@ def test_a_state_that_leaks_through_a_reset_is_noticed(leaked: str) -> None:
             return {**super().reset_rows(state, rows, kinds), leaked: state[leaked]}
 
     def from_both(mode: str, position: int, in_window: int) -> float:
-        kept = position if mode == "state_reset" else in_window
-        return gained(mode, position, in_window) + gained("reset", 0, position if mode in WHOLE else kept)
+        kept = position if mode not in ("truncated", "reset") else in_window
+        return gained(mode, position, in_window) + gained("reset", 0, kept)
 
     assert_exact(scores_of(Oracle(gaining, gaining, lambda place: 0.001 * place)), from_both)
     with pytest.raises(AssertionError):
@@ -169,6 +194,20 @@ def test_a_state_that_leaks_between_documents_is_noticed(monkeypatch: pytest.Mon
         right(self, windows, rows, scorer.states.tree_map(lambda leaf: leaf.roll(1, 0), state), batches)
 
     monkeypatch.setattr(Scorer, "_copy_states", wrong_row)
+    with pytest.raises(AssertionError):
+        assert_exact(scores_of(gaining_oracle()), gained)
+
+
+def test_a_local_stream_that_is_not_cleared_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Scorer._local_stream
+    monkeypatch.setattr(Scorer, "_local_stream", lambda self, group: replace(right(self, group), clear_every=10**6))
+    with pytest.raises(AssertionError):
+        assert_exact(scores_of(gaining_oracle()), gained)
+
+
+def test_places_off_by_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TokenSums.add
+    monkeypatch.setattr(TokenSums, "add", lambda self, nll, rows, first: right(self, nll, rows, first - 1))
     with pytest.raises(AssertionError):
         assert_exact(scores_of(gaining_oracle()), gained)
 

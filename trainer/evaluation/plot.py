@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 BAR_WIDTH = 44
-COLOURS = {"truncated": "#1f5fa8", "reset": "#8a6d3b", "state_reset": "#c0392b", "carried": "#1b7f4b"}
+COLOURS = {
+    "truncated": "#1f5fa8",
+    "reset": "#8a6d3b",
+    "state_reset": "#c0392b",
+    "carried": "#1b7f4b",
+    "local": "#7d4fa8",
+}
 LABELS = {
     "truncated": "only the last L tokens (truncated)",
     "reset": "state and caches cleared L tokens before (reset)",
     "state_reset": "state cleared L tokens before (state_reset)",
     "carried": "everything carried since the document's start",
+    "local": "state cleared after each training segment (local)",
 }
 
 
@@ -23,8 +30,7 @@ def text_plot(result: dict[str, Any]) -> str:
     """
     rows = [_row(entry["mode"], entry["context_tokens"], entry) for entry in _shown(result)]
     rows.append(_row("carried", None, result["carried"]))
-    if result.get("swapped"):
-        rows.append(_row("swapped", None, result["swapped"]))
+    rows += [_row(mode, None, result[mode]) for mode in ("swapped", "local") if result.get(mode)]
     low, high = min(row[2] for row in rows), max(row[3] for row in rows)
     lines = [
         f"Bits per byte by context length, on the same {result['target_bytes']:,} bytes of {result['num_documents']} "
@@ -61,6 +67,7 @@ def _gain_lines(result: dict[str, Any]) -> list[str]:
     gains = (
         ("memory_gain", "memory gain (state_reset minus carried)"),
         ("content_gain", "content gain (another document's state minus its own)"),
+        ("local_gain", "local gain (state cleared after each training segment, minus carrying it)"),
     )
     return [
         f"  {label}: {result[name]['bits_per_byte']:+.4f} bits/byte, interval "
@@ -102,6 +109,8 @@ def _figure(result: dict[str, Any]) -> Any:
     carried = result["carried"]
     axes.axhline(carried["bits_per_byte"], color=COLOURS["carried"], label=LABELS["carried"])
     axes.axhspan(carried["ci_low"], carried["ci_high"], color=COLOURS["carried"], alpha=0.12, linewidth=0)
+    if result.get("local"):
+        axes.axhline(result["local"]["bits_per_byte"], color=COLOURS["local"], linestyle="-.", label=LABELS["local"])
     trained = result["model"]["segment_tokens"]
     axes.axvline(trained, color="0.6", linestyle=":", label=f"training segment, {trained} tokens")
     axes.set_xscale("log", base=2)

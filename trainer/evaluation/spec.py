@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-PROTOCOL = "ppl-vs-length/1"
+PROTOCOL = "ppl-vs-length/1.1"
 """Version of targets, modes and reductions; raise the number when any result would change."""
 
-Mode = Literal["truncated", "carried", "reset", "state_reset", "swapped"]
+Mode = Literal["truncated", "carried", "reset", "state_reset", "swapped", "local"]
 
 
 class EvaluationSpec(BaseModel):
@@ -23,7 +23,9 @@ class EvaluationSpec(BaseModel):
     shards: str | None = Field(None, description="folder of shards; those that the checkpoint was trained on if unset")
     split: Literal["held_out", "train"] = Field("held_out", description="documents to score")
     sources: tuple[str, ...] | None = Field(None, min_length=1, description="only documents of these sources")
-    max_documents: int | None = Field(None, ge=2, description="at most so many documents, in the order of their hashes")
+    max_documents: int | None = Field(
+        None, ge=2, description="at most so many documents, in the order of the hashes of their ids"
+    )
     max_document_bytes: int | None = Field(None, ge=1, description="targets lie within this head of a document")
     spans_per_document: int = Field(4, ge=1, description="byte spans that are scored in each document")
     span_bytes: int = Field(8192, ge=1, description="length of one span")
@@ -36,6 +38,16 @@ class EvaluationSpec(BaseModel):
         ("truncated", "carried", "reset", "state_reset", "swapped"), description="how the context is given"
     )
     stride_tokens: int = Field(256, ge=1, description="targets scored per window; their context is L to L + stride")
+    stride_share: float = Field(
+        0.0,
+        ge=0,
+        le=0.25,
+        description="of L that the stride may be where that is more: long contexts cost fewer windows",
+    )
+    repeat_ngram_tokens: int = Field(
+        8, ge=1, description="a token that completes so long an n-gram, last seen more than W tokens back, is a repeat"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="type of weights and activations")
     bytes_per_token: int = Field(
         1, ge=1, description="bytes of a token, on average or more: puts L tokens before the first target"
     )
@@ -84,7 +96,14 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def evaluation_key(fingerprint: str, spec: EvaluationSpec, dataset_digest: str) -> str:
+class Canonical(Protocol):
+    """A spec of any kind."""
+
+    def canonical(self) -> dict[str, Any]:
+        """All fields that a result depends on."""
+
+
+def evaluation_key(fingerprint: str, spec: Canonical, dataset_digest: str) -> str:
     """Name of the result of one (checkpoint, spec, dataset, protocol): the same inputs are evaluated once."""
     return digest_of(
         {"checkpoint": fingerprint, "spec": spec.canonical(), "dataset": dataset_digest, "protocol": PROTOCOL}

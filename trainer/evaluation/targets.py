@@ -1,4 +1,4 @@
-"""Which tokens are scored: byte spans that depend on a document's bytes alone, and the windows around them.
+"""Which tokens are scored: byte spans that depend on a document's id and length alone, and the windows around them.
 
 Every mode, context length and checkpoint scores the same target set, so that differences between them are
 differences in context and nothing else.
@@ -53,7 +53,7 @@ def select(candidates: Iterable[DocumentEntry], spec: EvaluationSpec) -> Selecti
             f"max_document_bytes = {head} cannot hold a context of {spec.longest_tokens} tokens and "
             f"{spec.spans_per_document} spans of {spec.span_bytes} bytes. Set it to {needed} or more."
         )
-    long_enough = sorted((entry for entry in wanted if entry.num_bytes >= needed), key=lambda entry: entry.sha256)
+    long_enough = sorted((entry for entry in wanted if entry.num_bytes >= needed), key=lambda entry: place_of(entry.id))
     if len(long_enough) < 2:
         longest = max((entry.num_bytes for entry in wanted), default=0)
         raise UsageError(
@@ -70,11 +70,17 @@ def select(candidates: Iterable[DocumentEntry], spec: EvaluationSpec) -> Selecti
     return Selection(entries, spans, [entry for entry in wanted if entry.num_bytes < needed], needed, head)
 
 
+def place_of(name: str) -> bytes:
+    """The sha256 of a name: an order and places that say nothing about the text."""
+    return hashlib.sha256(name.encode()).digest()
+
+
 def document_spans(entry: DocumentEntry, spec: EvaluationSpec, first: int, head: int | None) -> list[tuple[int, int]]:
     """Byte spans of one document: its head from byte `first` on in equal strata, one span in each.
 
-    The place inside a stratum comes from the document's hash. Spans start on multiples of `stride_tokens` bytes:
-    in a byte vocabulary their windows then lie on the model's quantum grid without extra tokens.
+    The place inside a stratum comes from the hash of the document's id, which is the same whatever tokenizer the corpus
+    was built with. Spans start on multiples of `stride_tokens` bytes: in a byte vocabulary their windows then lie on
+    the model's quantum grid without extra tokens.
     """
     grid = spec.stride_tokens
     slots = ((entry.num_bytes if head is None else min(entry.num_bytes, head)) - first) // grid
@@ -83,7 +89,7 @@ def document_spans(entry: DocumentEntry, spec: EvaluationSpec, first: int, head:
     spans = []
     for k in range(spec.spans_per_document):
         room = edges[k + 1] - edges[k] - span_slots + 1
-        place = int.from_bytes(hashlib.sha256(f"{entry.sha256}/span/{k}".encode()).digest()[:8]) % room
+        place = int.from_bytes(place_of(f"{entry.id}/span/{k}")[:8]) % room
         start = first + (edges[k] + place) * grid
         spans.append((start, start + spec.span_bytes))
     return spans
@@ -117,10 +123,10 @@ def token_ranges(token_bytes: np.ndarray, spans: Iterable[tuple[int, int]]) -> l
 
 
 def head_tokens(token_bytes: np.ndarray, head_bytes: int | None) -> int:
-    """How many tokens from bos on lie within the first `head_bytes` bytes, eos only behind fewer; all if None."""
+    """How many tokens from bos on lie within the first `head_bytes` bytes; all but eos if None."""
     ends = np.cumsum(token_bytes, dtype=np.int64)
-    if head_bytes is None or ends[-1] < head_bytes:
-        return len(ends)
+    if head_bytes is None:
+        return len(ends) - 1
     return min(int(np.searchsorted(ends, head_bytes, side="right")), len(ends) - 1)
 
 
