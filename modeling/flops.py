@@ -8,6 +8,7 @@ once its cache is full). Not counted: norms, activations, softmax, optimizer, re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from longspan.modeling.config import (
@@ -87,13 +88,15 @@ def state_write_flops(config: ModelConfig, layer: BlockRecurrentConfig) -> float
     return config.window_tokens * sum(operation.flops for operation in _state_operations(config, layer)[1:])
 
 
-def layer_operations(config: ModelConfig, layer: object) -> list[Operation]:
-    """All operations of one layer, forward.
+def layer_operations(config: ModelConfig, layer: object, tp: int = 1) -> list[Operation]:
+    """All operations of one layer, forward, on one of `tp` tensor-parallel ranks.
 
     Args:
         config: the model.
         layer: one of its layers' configurations.
+        tp: ranks that divide heads and hidden units; the state path is whole on every one of them.
     """
+    whole, config = config, divided(config, tp)
     dim, width, window = config.dim, config.num_heads * config.head_dim, config.window_tokens
     narrow = [
         Operation("projections", "dense", 1, dim, 3 * width),
@@ -111,7 +114,7 @@ def layer_operations(config: ModelConfig, layer: object) -> list[Operation]:
             mixer = [*narrow, Operation("linear attention", "linear_attention", 1, config.head_dim, width)]
         case BlockRecurrentConfig():
             reading = _reading_layer(config, layer.num_states)
-            mixer = [*reading, attention, *_state_operations(config, layer)]
+            mixer = [*reading, attention, *_state_operations(whole, layer)]
         case _:
             raise AssertionError(f"no count for {type(layer).__name__}")
     return [
@@ -119,6 +122,15 @@ def layer_operations(config: ModelConfig, layer: object) -> list[Operation]:
         Operation("feed-forward", "dense", 1, dim, config.ffn_dim),
         Operation("feed-forward", "dense", 1, config.ffn_dim, dim),
     ]
+
+
+@lru_cache(maxsize=256)
+def divided(config: ModelConfig, tp: int) -> ModelConfig:
+    """What each of `tp` tensor-parallel ranks has of a model: heads, hidden units and vocabulary divided."""
+    if tp == 1:
+        return config
+    sizes = {name: getattr(config, name) // tp for name in ("num_heads", "ffn_dim", "vocab_size")}
+    return config.model_copy(update=sizes)
 
 
 def _reading_layer(config: ModelConfig, num_states: int) -> list[Operation]:

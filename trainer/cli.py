@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(as_json: bool, message: str, exit_code: int) -> int:
     exit_records.note(message)
-    if os.environ.get("RANK", "0") == "0" and not exit_records.launcher_listens():  # one message, not one a rank
+    if exit_records.speaks():
         print(f"longspan: {message}", file=sys.stderr, flush=True)
         if as_json:
             print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
@@ -142,7 +142,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("config", help="training recipe (YAML)")
     train.add_argument("--run-dir", help="run directory; runs/NAME if not given")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
-    train.add_argument("--init-from", metavar="CHECKPOINT", help="start from another run's weights")
+    train.add_argument("--init-from", metavar="CHECKPOINT|HF", help="start from another run's weights, or an export's")
     train.add_argument(
         "--fork-data",
         action="store_true",
@@ -192,12 +192,27 @@ def _evaluate(commands: Subparsers) -> None:
 
 
 def _evals(commands: Subparsers) -> None:
-    group = commands.add_parser("evals", help="evaluate every committed checkpoint once, as Ray jobs")
+    group = commands.add_parser("evals", help="evaluate every committed checkpoint once, on Ray")
     actions = group.add_subparsers(metavar="ACTION", required=True)
-    reconcile = _command(actions, "reconcile", "evals_reconcile", "evaluate what has no result yet", sets=True)
-    reconcile.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    reconcile.add_argument("--spec", required=True, help="evaluation spec (YAML)")
-    reconcile.add_argument("--once", action="store_true", required=True, help="one pass, then exit")
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        action = _command(actions, name, f"evals_{name}", help_text, sets=True)
+        action.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+        action.add_argument("--spec", action="append", required=True, help="evaluation spec (YAML); may be repeated")
+        return action
+
+    reconcile = add("reconcile", "evaluate what has no result yet")
+    often = reconcile.add_mutually_exclusive_group(required=True)
+    often.add_argument("--once", action="store_true", help="one pass, then exit")
+    often.add_argument("--every", metavar="10m", help="a pass, a pause of so long, and again until a signal comes")
+    reconcile.add_argument("--address", help="of a Ray cluster that runs; one of its own on this machine if not given")
+    reconcile.add_argument("--workers", type=int, metavar="N", help="models in memory at once; the GPUs if not given")
+    reconcile.add_argument("--gpus-per-worker", type=int, choices=(0, 1), help="1 if this machine has GPUs, else 0")
+    reconcile.add_argument("--alert-worse-by", type=float, metavar="BITS", help="bits per byte above the best before")
+    reconcile.add_argument("--alert-command", metavar="COMMAND", help="is run then, the alert as JSON on its input")
+    add("status", "what each checkpoint's evaluation has come to")
+    retry = add("retry", "let failed evaluations run again")
+    retry.add_argument("--step", type=int, help="of this checkpoint alone")
 
 
 def _export(commands: Subparsers) -> None:
@@ -205,6 +220,8 @@ def _export(commands: Subparsers) -> None:
     export.add_argument("checkpoint", help="checkpoint folder, or run directory for its newest checkpoint")
     export.add_argument("out", help="folder to write")
     export.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="with --push: make the repository private")
 
 
 def _generate(commands: Subparsers) -> None:
@@ -218,15 +235,22 @@ def _generate(commands: Subparsers) -> None:
 
 
 def _report(commands: Subparsers) -> None:
-    report = _command(commands, "report", "report", "one self-contained HTML page about a run")
-    report.add_argument("run", help="run directory")
+    report = _command(commands, "report", "report", "one self-contained HTML page about a run, or comparing several")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory; the first of several is the reference")
+    report.add_argument("--out", metavar="FILE", help="RUN/report.html, or comparison.html beside RUN, if not given")
 
 
 def _checkpoint(commands: Subparsers) -> None:
-    group = commands.add_parser("checkpoint", help="verify checkpoints")
+    group = commands.add_parser("checkpoint", help="verify and convert checkpoints")
     actions = group.add_subparsers(metavar="ACTION", required=True)
     verify = _command(actions, "verify", "checkpoint_verify", "check every file of a checkpoint against its manifest")
     verify.add_argument("checkpoint", help="checkpoint folder, or run directory for all of its checkpoints")
+    convert = _command(
+        actions, "convert", "checkpoint_convert", "checkpoint -> Hugging Face folder, or such a folder -> checkpoint"
+    )
+    convert.add_argument("source", help="exported folder, checkpoint folder or run directory")
+    convert.add_argument("out", help="folder to write: an export, or a run directory with the checkpoint")
+    convert.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 
 def _plan(commands: Subparsers) -> None:
@@ -243,6 +267,20 @@ def _plan(commands: Subparsers) -> None:
     )
     plan.add_argument("--precision", help=f"{only}bf16 (the default) or fp32")
     plan.add_argument("--activation-checkpointing", help=f"{only}none (the default), mixer or layer")
+    plan.add_argument(
+        "--lanes", type=int, metavar="L", help=f"{only}sequences of one step over all GPUs; B a GPU if not given"
+    )
+    plan.add_argument("--optimizer", help=f"{only}none (the default), adamw or adafactor")
+    plan.add_argument("--gpus", metavar="N,...", help="rank the layouts of so many GPUs: 8, 8,64 or 1..1024 (doubling)")
+    plan.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE,...",
+        help="with --gpus: leave out other layouts; axes dp, cp, tp, zero_stage, state_slices, "
+        "activation_checkpointing, micro_batch_lanes",
+    )
+    plan.add_argument("--plot", metavar="FILE", help="with --gpus: tokens/s over GPUs as a PNG")
 
 
 def _bench(commands: Subparsers) -> None:

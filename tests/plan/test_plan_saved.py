@@ -101,10 +101,12 @@ def test_limits_are_those_of_the_kernels() -> None:
     from longspan.kernels.cross_entropy import autograd as loss
     from longspan.kernels.feed_forward import autograd as feed_forward
     from longspan.kernels.linear_attention import reference as linear_attention
+    from longspan.kernels.tensor_parallel import vocabulary
     from longspan.kernels.window_attention import fused
     from longspan.kernels.window_attention.tiles import choose_tiles
 
     assert memory.LOSS_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
+    assert memory.DIVIDED_CHUNK_LOGITS == vocabulary.MAX_CHUNK_LOGITS
     assert memory.FFN_CHUNK_HIDDEN == feed_forward.MAX_CHUNK_HIDDEN
     assert memory.CHAIN_KEEP_BYTES == scan.KEEP_LIMIT_BYTES
     assert memory.CHAIN_CHUNK_BLOCKS == scan.CHUNK_BLOCK_ROWS

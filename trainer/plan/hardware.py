@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -119,6 +120,52 @@ class HostRates(Sourced):
     step_us: float = Field(ge=0, description="once a micro-batch")
 
 
+class OffloadRates(Sourced):
+    """The optimizer's state in the host's memory: one GPU's way there, and the update of its process."""
+
+    link_gigabytes_per_second: float = Field(gt=0, description="pinned memory to or from one GPU, all GPUs at once")
+    update_gigabytes_per_second: float = Field(gt=0, description="read and written by one process's update")
+
+
+class Link(Rates):
+    """What one GPU sends in one direction while it receives as much."""
+
+    gigabytes_per_second: float = Field(gt=0)
+    latency_us: float = Field(ge=0, description="of a message between two ranks, its launch included")
+    collective_us: float = Field(ge=0, description="of one level of a collective: log2 of the ranks of them a pass")
+
+
+class LinkRates(Sourced):
+    """Between GPUs of one host (NVLink), and between hosts (InfiniBand, one adapter a GPU)."""
+
+    gpus_per_host: int = Field(ge=1)
+    nvlink: Link
+    infiniband: Link
+
+
+class MeasuredStep(Rates):
+    """A step that was timed on one or several GPUs; plots show it beside the prediction."""
+
+    date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    device: str = Field(min_length=1)
+    source: str = Field(min_length=1, description="command or program")
+    model: str = Field(description="name of the model's recipe")
+    vocab_size: int = Field(ge=2)
+    lanes: int = Field(ge=1, description="sequences of the step over all GPUs")
+    segment_tokens: int = Field(ge=1)
+    activation_checkpointing: Literal["none", "mixer", "layer"]
+    dp: int = Field(1, ge=1)
+    cp: int = Field(1, ge=1)
+    tp: int = Field(1, ge=1)
+    state_slices: int = Field(1, ge=1)
+    seconds: float = Field(gt=0, description="forward, backward, and the sum of all gradients; no update")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that worked."""
+        return self.dp * self.cp * self.tp
+
+
 class Hardware(Rates):
     """One kind of device."""
 
@@ -133,12 +180,17 @@ class Hardware(Rates):
     state_chain: ChainRates
     cross_entropy: LossRates
     host: HostRates
+    offload: OffloadRates
+    links: LinkRates
+    measured: tuple[MeasuredStep, ...] = ()
 
     def estimated(self) -> list[str]:
-        """Numbers that have not been measured: sections with the reason given, and parts of sections."""
+        """Numbers of one device that have not been measured: sections with the reason given, and parts of sections."""
         lines = []
         for name in type(self).model_fields:
             section = getattr(self, name)
+            if name in ("links", "offload"):  # named where several GPUs or offloading are planned
+                continue
             if isinstance(section, Sourced) and section.source.startswith(ESTIMATE):
                 lines.append(f"{name}: {section.source}")
             elif isinstance(section, Sourced) and section.estimate:
@@ -161,20 +213,32 @@ class Hardware(Rates):
     def _matrix_tflops(self, form: str, m: float, n: int, k: int) -> float:
         """The rate of the nearest measured (n, k), interpolated over m; proportional to m below the smallest m."""
 
-        def distance(point: MatrixPoint) -> float:
-            return math.hypot(math.log(point.n / n), math.log(point.k / k))
-
-        nearest = min(self.matrix.points, key=distance)
-        curve = sorted(
-            (math.log(point.m), getattr(point, form))
-            for point in self.matrix.points
-            if (point.n, point.k) == (nearest.n, nearest.k)
-        )
+        curve = self._curves.get((form, n, k))
+        if curve is None:
+            curve = self._curves[form, n, k] = self._curve(form, n, k)
         smallest, rate = curve[0]
         if math.log(m) <= smallest:
             # a shape of less work than the measured one fills the device as little as fewer rows would
             return rate * min(1.0, max(m / math.exp(smallest), 1e-3))
         return interpolate(curve, min(math.log(m), curve[-1][0]))
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, int, int], list[tuple[float, float]]]:
+        """(form, n, k) -> the curve that was found for it; a search over layouts asks thousands of times."""
+        return {}
+
+    def _curve(self, form: str, n: int, k: int) -> list[tuple[float, float]]:
+        """(log m, TFLOP/s) of the measured shape that is nearest to n x k."""
+
+        def distance(point: MatrixPoint) -> float:
+            return math.hypot(math.log(point.n / n), math.log(point.k / k))
+
+        nearest = min(self.matrix.points, key=distance)
+        return sorted(
+            (math.log(point.m), getattr(point, form))
+            for point in self.matrix.points
+            if (point.n, point.k) == (nearest.n, nearest.k)
+        )
 
     def traffic_seconds(self, num_bytes: float, kernels: float) -> float:
         """Time to move `num_bytes` (reads and writes added) in `kernels` launches."""

@@ -12,18 +12,19 @@ from longspan.modeling.config import (
     BlockRecurrentConfig,
     FullAttentionConfig,
     LinearAttentionConfig,
-    ModelConfig,
     RecurrentMemoryConfig,
     SlidingWindowConfig,
 )
 from longspan.modeling.flops import stack_tokens_per_token
 from longspan.trainer.plan.parameters import layer_parameters, total_parameters
 from longspan.trainer.plan.setting import Setting
+from longspan.trainer.plan.traffic import FP32, kept_message_bytes, state_bytes
+from longspan.trainer.plan.zero import bucket_bytes, kept_gradient_bytes, weight_bytes
 
 GIB = 2**30
-FP32 = 4
 # The kernels' own limits, repeated here because importing those loads torch; a test compares them.
 LOSS_CHUNK_LOGITS = 2**28  # logits that exist at a time
+DIVIDED_CHUNK_LOGITS = 2**26  # the same where tensor-parallel ranks divide the vocabulary
 FFN_CHUNK_HIDDEN = 2**27  # hidden values that exist at a time where they are not kept
 CHAIN_KEEP_BYTES = 2**31  # reads of the state above this are recomputed
 CHAIN_CHUNK_BLOCKS = 64  # blocks x rows of the state path that pass through at a time
@@ -64,45 +65,55 @@ def plan_memory(setting: Setting) -> Memory:
     """Peak memory of a step: the forward end, the loss, and each layer's turn in the backward pass are compared."""
     config, element = setting.model, setting.element_bytes
     layers = config.expanded_layers()
-    kept = [sum(saved(setting, layer).values()) for layer in layers]
+    repeats = [layer.repeat for layer in config.layers]
+    kept = _repeated([sum(saved(setting, layer).values()) for layer in config.layers], repeats)
     # grads of weights are held from step to step when several micro-batches add to them
-    gradient_of = [element * sum(layer_parameters(config, layer).values()) for layer in layers]
-    accumulated = element * total_parameters(config) if setting.micro_batches > 1 else 0
+    counts = [sum(layer_parameters(config, layer, setting.tp).values()) for layer in config.layers]
+    gradient_of = _repeated([element * count for count in counts], repeats)
+    workspaces = _repeated([backward_workspace(setting, layer) for layer in config.layers], repeats)
+    parameters = total_parameters(config, setting.tp)
+    accumulated = kept_gradient_bytes(setting, element * parameters) if setting.micro_batches > 1 else 0
     loss_kept, logits = loss_memory(setting)
     moments = [(accumulated, sum(kept) + loss_kept, logits)]
-    grads = element * config.vocab_size * config.dim  # of the tied embedding, the first that exists
+    grads: float = element * setting.local.vocab_size * config.dim  # of the tied embedding, the first that exists
     for index in reversed(range(len(layers))):
         grads += gradient_of[index]
-        workspace = backward_workspace(setting, layers[index])
-        moments.append((max(accumulated, grads), sum(kept[: index + 1]), workspace))
+        moments.append((max(accumulated, grads), sum(kept[: index + 1]), workspaces[index]))
     gradients, activations, workspace = max(moments, key=sum)
     optimizer, update = optimizer_bytes(setting)
     memory = Memory(
-        weights=element * total_parameters(config),
+        weights=weight_bytes(setting, parameters) + bucket_bytes(setting, parameters),
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
         workspace=workspace,
-        state=2 * setting.rows * sum(state_bytes(config, layer, element) for layer in layers) + _memory_state(setting),
+        state=2 * setting.rows * sum(state_bytes(setting.local, layer, element) for layer in layers)
+        + _memory_state(setting),
         inputs=setting.tokens * (8 + 8 + FP32 + 1),
     )
-    all_gradients = element * total_parameters(config)
+    all_gradients = kept_gradient_bytes(setting, element * parameters)
     # the update runs when activations are gone: it is the peak of small batches only
     if gradients + activations + workspace < all_gradients + update:
         memory = Memory(**{**vars(memory), "gradients": all_gradients, "activations": 0.0, "workspace": update})
     return memory
 
 
+def _repeated(values: list[float], repeats: list[int]) -> list[float]:
+    """One value a layer from one an entry of the configuration."""
+    return [value for value, repeat in zip(values, repeats, strict=True) for _ in range(repeat)]
+
+
 def saved(setting: Setting, layer: object) -> Counter[str]:
     """Bytes that one layer's forward pass keeps for its backward pass, by name, under the checkpointing policy."""
     config, element, tokens = (
-        setting.model,
+        setting.local,
         setting.element_bytes,
         setting.tokens * stack_tokens_per_token(setting.model),
     )
     row = int(tokens * config.dim * element)
+    received = Counter({"messages received": int(kept_message_bytes(setting, layer))})
     if setting.checkpointing == "layer":
-        return Counter({"layer input": row})
+        return Counter({"layer input": row}) + received
     around = Counter(
         {
             "layer input": row,
@@ -112,14 +123,14 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
         }
     )
     if setting.checkpointing == "mixer":
-        return around + Counter({"normalised for the mixer": row})
+        return around + received + Counter({"normalised for the mixer": row})
     return around + mixer_saved(setting, layer)
 
 
 def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
     """Bytes that a mixer keeps for its backward pass when nothing is recomputed."""
     config, element, tokens = (
-        setting.model,
+        setting.local,
         setting.element_bytes,
         setting.tokens * stack_tokens_per_token(setting.model),
     )
@@ -130,8 +141,10 @@ def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
     kept = Counter({"normalised for the mixer": int(tokens * config.dim * element)})
     if isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig):
         kept += Counter({"packed weights": 3 * config.dim * width * element})
-        # the cache once more, with the strides of packed queries, keys and values; where documents start and end
-        kept += Counter({"cache": 3 * setting.rows * config.window_tokens * width * element})
+        # the cache's keys normalised, and its values with the strides of packed queries, keys and values; normalised
+        # queries and keys; where documents start and end
+        kept += Counter({"cache": 4 * setting.rows * config.window_tokens * width * element})
+        kept += Counter({"normalised queries and keys": 2 * head_row})
         kept += Counter({"statistics": int(2 * tokens * FP32)})
     match layer:
         case BlockRecurrentConfig():
@@ -187,7 +200,7 @@ def backward_workspace(setting: Setting, layer: object) -> float:
     Those are gradients in flight and values computed again, less what was kept and has been used by then. Two
     moments compete: the feed-forward network's, when nothing is freed, and the mixer's, when all behind it is.
     """
-    config, element, tokens = setting.model, setting.element_bytes, _stack_tokens(setting)
+    config, element, tokens = setting.local, setting.element_bytes, _stack_tokens(setting)
     row, hidden = tokens * config.dim * element, tokens * config.ffn_dim * element
     mixer = row + _mixer_workspace(setting, layer)  # with the gradient of the residual stream
     behind = 2 * row  # the sum after the mixer and its norm
@@ -206,7 +219,7 @@ def backward_workspace(setting: Setting, layer: object) -> float:
 
 def _mixer_workspace(setting: Setting, layer: object) -> float:
     """Bytes of gradients at the worst moment of a mixer's backward pass, less what it kept and freed by then."""
-    config, element, tokens = setting.model, setting.element_bytes, _stack_tokens(setting)
+    config, element, tokens = setting.local, setting.element_bytes, _stack_tokens(setting)
     width = tokens * config.num_heads * config.head_dim * element
     if isinstance(layer, FullAttentionConfig | LinearAttentionConfig):
         return 4 * width  # gradients of what was read and of the projections
@@ -221,11 +234,11 @@ def _mixer_workspace(setting: Setting, layer: object) -> float:
 
 
 def _window_bytes(setting: Setting) -> float:
-    """Gradients of scores, and normalised keys, that window attention's backward stores for its second pass."""
-    config = setting.model
+    """Gradients of scores that window attention's backward stores for its second pass."""
+    config = setting.local
     keys = _stack_tokens(setting) + setting.rows * config.window_tokens
     stored = min(keys, WINDOW_PIECE_TOKENS + config.window_tokens + 3 * WINDOW_TILE_TOKENS)
-    a_key = config.num_heads * (config.window_tokens + WINDOW_TILE_TOKENS + config.head_dim)
+    a_key = config.num_heads * (config.window_tokens + WINDOW_TILE_TOKENS)
     return stored * a_key * setting.element_bytes
 
 
@@ -253,29 +266,14 @@ def loss_memory(setting: Setting) -> tuple[float, float]:
     The forward pass makes the gradients already: of the vectors, and of the embedding in fp32 when there are several
     chunks of logits. The input and output of the final norm are kept too.
     """
-    config, element = setting.model, setting.element_bytes
+    config, element = setting.local, setting.element_bytes
     row, table = setting.tokens * config.dim * element, config.vocab_size * config.dim
     logits = setting.tokens * config.vocab_size
+    if setting.tp > 1:  # logits of the own words are made again in the backward pass, in fp32
+        return 2 * row, 2 * FP32 * min(DIVIDED_CHUNK_LOGITS, logits) + row + FP32 * table
     kept = 3 * row + table * (FP32 if logits > LOSS_CHUNK_LOGITS else element)
     # then the backward pass scales the gradients into new tensors, and the final norm makes its own
     return kept, max(element * min(LOSS_CHUNK_LOGITS, logits), 2 * row + element * table)
-
-
-def state_bytes(config: ModelConfig, layer: object, element: int) -> float:
-    """Bytes of one row's carried state of one layer."""
-    if config.memory is not None:
-        return 0.0
-    width = config.num_heads * config.head_dim
-    match layer:
-        case BlockRecurrentConfig():
-            vectors = 0 if layer.update == "frozen" else layer.num_states * config.dim * FP32
-            return 2 * config.window_tokens * width * element + vectors
-        case FullAttentionConfig():
-            return 2 * (layer.context_tokens - 1) * width * element
-        case LinearAttentionConfig():
-            return width * (config.head_dim + 1) * FP32
-        case _:
-            return 2 * config.window_tokens * width * element
 
 
 def _memory_state(setting: Setting) -> float:
@@ -289,14 +287,17 @@ def _stack_tokens(setting: Setting) -> float:
 
 
 def optimizer_bytes(setting: Setting) -> tuple[float, float]:
-    """(bytes kept from step to step, further bytes while it updates) on a single device.
+    """(bytes kept from step to step, further bytes while it updates) on one device.
 
-    bf16 runs in ZeRO 1 to 3, which keep fp32 masters and moments of all parameters on a lone device and convert the
-    gradients to fp32 for the update. Adafactor keeps a first moment and, of matrices, two vectors.
+    bf16 runs in ZeRO 1 to 3, which keep fp32 masters and moments of this device's share of the parameters and convert
+    the gradients to fp32 for the update. Adafactor keeps a first moment and, of matrices, two vectors. Offloaded, all of
+    it is in the host's memory.
     """
-    number = total_parameters(setting.model)
+    if setting.offload_optimizer:
+        return 0.0, 0.0
+    number = total_parameters(setting.model, setting.tp) / (setting.shards if setting.zero_stage else 1)
     if setting.optimizer == "none":
         return 0.0, 0.0
     moments = 2 * FP32 * number if setting.optimizer == "adamw" else 1.01 * FP32 * number
     masters = FP32 * number if setting.precision == "bf16" else 0
-    return moments + masters, float(FP32 * number)
+    return moments + masters, FP32 * number

@@ -5,30 +5,31 @@ from __future__ import annotations
 from collections import Counter
 
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig, SlidingWindowConfig
+from longspan.modeling.flops import divided
 
 POSITION_BUCKETS = 32
 # what papers leave out of their counts
 UNCOUNTED = ("embedding", "norm_scales", "attention_scales", "position_tables")
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters by kind; the tied embedding once.
+def count_parameters(config: ModelConfig, tp: int = 1) -> dict[str, int]:
+    """Number of parameters by kind, of one of `tp` tensor-parallel ranks; the tied embedding once.
 
     Kinds: embedding, norm_scales, attention_scales, position_tables, attention (projections of tokens), feed_forward,
     state (initial value, ids, projections, output, FFN of the state), gates (LSTM weights and all gate biases),
     memory (ids of memory tokens).
     """
-    total = Counter({"embedding": config.vocab_size * config.dim, "norm_scales": config.dim})
+    total = Counter({"embedding": config.vocab_size // tp * config.dim, "norm_scales": config.dim})
     for layer in config.expanded_layers():
-        total += layer_parameters(config, layer)
+        total += layer_parameters(config, layer, tp)
     if config.memory is not None:
         total += Counter({"norm_scales": config.dim, "memory": 2 * config.memory.num_tokens * config.dim})
     return dict(total)
 
 
-def total_parameters(config: ModelConfig) -> int:
-    """All parameters, the tied embedding once."""
-    return sum(count_parameters(config).values())
+def total_parameters(config: ModelConfig, tp: int = 1) -> int:
+    """All parameters of one of `tp` tensor-parallel ranks, the tied embedding once."""
+    return sum(count_parameters(config, tp).values())
 
 
 def paper_count(config: ModelConfig) -> int:
@@ -36,8 +37,9 @@ def paper_count(config: ModelConfig) -> int:
     return sum(number for kind, number in count_parameters(config).items() if kind not in UNCOUNTED)
 
 
-def layer_parameters(config: ModelConfig, layer: object) -> Counter[str]:
-    """Parameters of one layer by kind."""
+def layer_parameters(config: ModelConfig, layer: object, tp: int = 1) -> Counter[str]:
+    """Parameters of one layer by kind, of one of `tp` tensor-parallel ranks: norms and the state path are whole."""
+    whole, config = config, divided(config, tp)
     dim, width, heads = config.dim, config.num_heads * config.head_dim, config.num_heads
     counts = Counter({"norm_scales": 2 * dim, "attention": 4 * dim * width, "feed_forward": 2 * dim * config.ffn_dim})
     windowed = isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig)
@@ -49,7 +51,7 @@ def layer_parameters(config: ModelConfig, layer: object) -> Counter[str]:
         # a query and a scale for the read of the state, and an output projection twice as wide
         counts += Counter({"attention": 2 * dim * width, "attention_scales": heads})
     if isinstance(layer, BlockRecurrentConfig):
-        counts += _state_parameters(config, layer)
+        counts += _state_parameters(whole, layer)
     return counts
 
 

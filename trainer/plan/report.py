@@ -89,6 +89,8 @@ def assumptions(setting: Setting, hardware: Hardware, memory: Memory, step: Step
         lines.append("the stack is serial over blocks (memory or feedback): its time is rough")
     if setting.precision == "fp32":
         lines.append("fp32: attention is taken at half its bf16 rate")
+    if setting.offload_optimizer:
+        lines.append(f"the optimizer's state is in the host's memory; {hardware.offload.source}")
     if step.host > step.device:
         lines.append("launching kernels takes longer than running them: a larger micro-batch is free")
     if memory.total / GIB > hardware.memory_gib:
@@ -104,7 +106,7 @@ def text(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['model']}: {setting['rows']} x {setting['segment_tokens']} tokens x {setting['micro_batches']} "
         f"micro-batches, {setting['precision']}, checkpointing {setting['activation_checkpointing']}, "
-        f"optimizer {setting['optimizer']}, on {plan['hardware']['name']}",
+        f"optimizer {setting['optimizer']}, on one {plan['hardware']['name']}",
         "",
         f"{'Parameters':<34}{parameters['total']:>14,}   as papers count them {parameters['paper_count']:,}",
         *(f"  {name.replace('_', ' '):<32}{value:>14,}" for name, value in kinds.items()),

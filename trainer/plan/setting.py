@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from longspan.errors import Problem, UsageError
 from longspan.modeling.config import ActivationCheckpointing, ModelConfig
+from longspan.modeling.flops import divided
 from longspan.trainer import recipes
 from longspan.trainer.config import RunConfig, cross_problems
 from longspan.trainer.plan.hardware import Precision, hardware_problems
@@ -23,11 +25,13 @@ OPTIONS = {
     "vocab_size": "model.vocab_size",
     "precision": "training.precision",
     "activation_checkpointing": "training.activation_checkpointing",
+    "lanes": "data.lanes",
+    "optimizer": "optimizer.name",
 }
 
 
 class BareStep(BaseModel):
-    """One forward and backward pass of a bare model, without optimizer: what `longspan bench step` times."""
+    """One step of a bare model; by default a forward and backward pass alone, what `longspan bench step` times."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -38,6 +42,8 @@ class BareStep(BaseModel):
     activation_checkpointing: ActivationCheckpointing = Field(
         "none", description="what the backward pass computes again"
     )
+    lanes: int | None = Field(None, ge=1, description="sequences of a step over all GPUs; `rows` a GPU if unset")
+    optimizer: Optimizer = Field("none", description="update rule; none = forward and backward alone")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Setting:
         checkpointing: what the backward pass computes again.
         optimizer: "none" for a step without update.
         zero_stage: what DeepSpeed does to the optimizer's state.
+        tp: ranks that divide every layer; this device is one of them.
+        shards: ranks over which ZeRO divides; this device is one of them.
+        cp: ranks that hold each sequence together; `segment_tokens` is one rank's share of it.
+        offload_optimizer: fp32 weights and optimizer state are in the host's memory, where the update runs.
     """
 
     model: ModelConfig
@@ -63,6 +73,15 @@ class Setting:
     checkpointing: ActivationCheckpointing
     optimizer: Optimizer
     zero_stage: int
+    tp: int = 1
+    shards: int = 1
+    cp: int = 1
+    offload_optimizer: bool = False
+
+    @cached_property
+    def local(self) -> ModelConfig:
+        """The model with the sizes that one tensor-parallel rank has of it; the state path has those of `model`."""
+        return divided(self.model, self.tp)
 
     @property
     def tokens(self) -> int:
@@ -75,8 +94,11 @@ class Setting:
         return 2 if self.precision == "bf16" else 4
 
 
-def read_setting(args: argparse.Namespace) -> Setting:
+def read_setting(args: argparse.Namespace) -> tuple[Setting, RunConfig | None]:
     """The setting that a command line asks for; a recipe of a model alone takes the options of `OPTIONS`.
+
+    Returns:
+        The setting of one device, and the training recipe if it is one.
 
     Raises:
         ConfigError: with every problem of recipe, options and hardware name.
@@ -86,7 +108,7 @@ def read_setting(args: argparse.Namespace) -> Setting:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     subject = f"plan of {args.config}"
     if set(raw) == {"model"}:
-        return _bare(raw, given, subject, args.hardware)
+        return _bare(raw, given, subject, args.hardware), None
     if given:
         name, value = next(iter(given.items()))
         option = f"--{name.replace('_', '-')}"
@@ -99,7 +121,7 @@ def read_setting(args: argparse.Namespace) -> Setting:
         return [*cross_problems(config), *hardware_problems(args.hardware)]
 
     config = recipes.validate(RunConfig, raw, subject, check)
-    return Setting(
+    setting = Setting(
         model=config.model,
         rows=config.training.micro_batch_lanes,
         segment_tokens=config.data.segment_tokens,
@@ -108,7 +130,9 @@ def read_setting(args: argparse.Namespace) -> Setting:
         checkpointing=config.training.activation_checkpointing,
         optimizer=config.optimizer.name,
         zero_stage=config.parallel.zero_stage,
+        offload_optimizer=config.parallel.offload_optimizer,
     )
+    return setting, config
 
 
 def _bare(raw: dict[str, Any], given: dict[str, Any], subject: str, hardware: str) -> Setting:
@@ -123,19 +147,22 @@ def _bare(raw: dict[str, Any], given: dict[str, Any], subject: str, hardware: st
         model=step.model,
         rows=step.rows,
         segment_tokens=step.segment_tokens,
-        micro_batches=1,
+        micro_batches=1 if step.lanes is None else step.lanes // step.rows,
         precision=step.precision,
         checkpointing=step.activation_checkpointing,
-        optimizer="none",
-        zero_stage=0,
+        optimizer=step.optimizer,
+        zero_stage=int(step.optimizer == "adamw" and step.precision == "bf16"),
     )
 
 
 def _segment_problems(step: BareStep) -> list[Problem]:
     segment, window = step.segment_tokens, step.model.window_tokens
-    if segment % window == 0:
-        return []
-    below, above = segment // window * window, (segment // window + 1) * window
-    nearest = f"{below} or {above}" if below else f"{above}"
-    what = f"not a multiple of model.window_tokens = {window}. Nearest: {nearest}."
-    return [Problem(f"segment_tokens = {segment}", what)]
+    problems = []
+    if step.lanes is not None and step.lanes % step.rows:
+        problems.append(Problem(f"lanes = {step.lanes}", f"not a multiple of rows = {step.rows}."))
+    if segment % window:
+        below, above = segment // window * window, (segment // window + 1) * window
+        nearest = f"{below} or {above}" if below else f"{above}"
+        what = f"not a multiple of model.window_tokens = {window}. Nearest: {nearest}."
+        problems.append(Problem(f"segment_tokens = {segment}", what))
+    return problems

@@ -38,6 +38,7 @@ class Part:
 
     Attributes:
         forward, backward: seconds; recomputation belongs to backward.
+        again: seconds of `backward` that are recomputation.
         flops: executed operations, both passes.
         num_bytes: bytes moved, of memory-bound parts.
     """
@@ -46,6 +47,7 @@ class Part:
     backward: float = 0.0
     flops: float = 0.0
     num_bytes: float = 0.0
+    again: float = 0.0
 
 
 @dataclass
@@ -72,6 +74,13 @@ class StepTime:
         """The part of this name, made on first use."""
         return self.parts.setdefault(name, Part())
 
+    def add(self, other: StepTime) -> None:
+        """Adds the parts of `other` to those of this."""
+        for name, part in other.parts.items():
+            total = self.part(name)
+            for field_name, value in vars(part).items():
+                setattr(total, field_name, getattr(total, field_name) + value)
+
     @property
     def device(self) -> float:
         """Seconds of the device for one micro-batch."""
@@ -92,33 +101,68 @@ def plan_step(setting: Setting, hardware: Hardware) -> StepTime:
         tokens=tokens,
         model_flops=tokens * train_flops_per_token(config, setting.segment_tokens),
     )
-    serial = config.memory is not None or config.feedback
-    calls = setting.segment_tokens / config.window_tokens if serial else 1.0
-    for layer in config.expanded_layers():
-        before = {name: (part.forward, part.flops) for name, part in step.parts.items()}
-        _layer(step, setting, hardware, layer, calls)
-        if setting.checkpointing != "none":
-            _recompute(step, before, AGAIN[setting.checkpointing])
-    _ends(step, setting, hardware)
-    operations = HOST_OPERATIONS * len(config.expanded_layers()) * calls
-    step.host = operations * hardware.host.operation_us * 1e-6 + hardware.host.step_us * 1e-6
-    if setting.optimizer != "none":
-        moved = PARAMETER_BYTES_PER_UPDATE * total_parameters(config)
-        step.update = hardware.traffic_seconds(moved, 10)
+    for layer in config.layers:
+        once = layer_time(setting, hardware, layer)
+        for _ in range(layer.repeat):
+            step.add(once)
+    step.add(ends_time(setting, hardware))
+    step.host = host_seconds(setting, hardware)
+    step.update = update_seconds(setting, hardware, total_parameters(config, setting.tp))
     return step
+
+
+def host_seconds(setting: Setting, hardware: Hardware) -> float:
+    """Time in which the host launches one micro-batch."""
+    operations = HOST_OPERATIONS * len(setting.model.expanded_layers()) * _calls(setting)
+    return operations * hardware.host.operation_us * 1e-6 + hardware.host.step_us * 1e-6
+
+
+def update_seconds(setting: Setting, hardware: Hardware, parameters: int) -> float:
+    """Time of the optimizer over this device's share of `parameters`."""
+    if setting.optimizer == "none":
+        return 0.0
+    share = parameters / (setting.shards if setting.zero_stage else 1)
+    if not setting.offload_optimizer:
+        return hardware.traffic_seconds(PARAMETER_BYTES_PER_UPDATE * share, 10)
+    rates = hardware.offload
+    # every micro-batch's gradients go there, the updated weights come back; one after the other
+    moved = (setting.micro_batches + 1) * setting.element_bytes * share / rates.link_gigabytes_per_second
+    return (moved + PARAMETER_BYTES_PER_UPDATE * share / rates.update_gigabytes_per_second) * 1e-9
+
+
+def layer_time(setting: Setting, hardware: Hardware, layer: object) -> StepTime:
+    """The parts of one layer and micro-batch, recomputation included; neither host nor update."""
+    step = StepTime(1, setting.tokens, 0.0)
+    _layer(step, setting, hardware, layer, _calls(setting))
+    if setting.checkpointing != "none":
+        _recompute(step, AGAIN[setting.checkpointing])
+    return step
+
+
+def ends_time(setting: Setting, hardware: Hardware) -> StepTime:
+    """The parts of embedding, final norm and loss of one micro-batch."""
+    step = StepTime(1, setting.tokens, 0.0)
+    _ends(step, setting, hardware)
+    return step
+
+
+def _calls(setting: Setting) -> float:
+    """How often the stack runs for one segment."""
+    config = setting.model
+    return setting.segment_tokens / config.window_tokens if config.memory is not None or config.feedback else 1.0
 
 
 def _layer(step: StepTime, setting: Setting, hardware: Hardware, layer: object, calls: float) -> None:
     """Adds one layer; `calls` is how often the stack runs for one segment."""
     config, element = setting.model, setting.element_bytes
     tokens = setting.tokens * stack_tokens_per_token(config)
-    operations = layer_operations(config, layer)
+    operations = layer_operations(config, layer, setting.tp)
     for operation in operations:
         if not operation.serial:
             _parallel(step, setting, hardware, operation, tokens, calls)
     if isinstance(layer, BlockRecurrentConfig):
         _state(step, setting, hardware, layer, [operation for operation in operations if operation.serial])
-    row, hidden = tokens * config.dim * element, tokens * config.ffn_dim * element
+    row, hidden = tokens * config.dim * element, tokens * setting.local.ffn_dim * element
     _traffic(step, hardware, "norms and residuals", NORM_PASSES_FORWARD * row, KERNELS_FORWARD * calls, 0)
     _traffic(step, hardware, "norms and residuals", NORM_PASSES_BACKWARD * row, KERNELS_BACKWARD * calls, 1)
     _traffic(step, hardware, "activations", ACTIVATION_PASSES_BACKWARD * hidden, calls, 1)
@@ -142,7 +186,7 @@ def _parallel(
         return
     flops = tokens * operation.flops
     if operation.kind == "window_attention":
-        config = setting.model
+        config = setting.local
         forward, backward = hardware.window_seconds(tokens, operation.inner, config.num_heads, config.head_dim)
         waste = (operation.inner + hardware.window_attention.tile_tokens) / operation.inner
         slower = _attention_slowdown(setting, hardware)
@@ -207,17 +251,17 @@ def _state(
         again.flops += setting.tokens * operation.flops
 
 
-def _recompute(step: StepTime, before: dict[str, tuple[float, float]], again: dict[str, float]) -> None:
-    """Adds one layer's forward time, what it has grown by since `before`, to its backward time."""
+def _recompute(step: StepTime, again: dict[str, float]) -> None:
+    """Adds one layer's forward time to its backward time."""
     for name, part in step.parts.items():
-        forward, flops = before.get(name, (0.0, 0.0))
-        part.backward += again.get(name, 0.0) * (part.forward - forward)
-        part.flops += again.get(name, 0.0) * (part.flops - flops) / 3
+        part.again = again.get(name, 0.0) * part.forward
+        part.backward += part.again
+        part.flops += again.get(name, 0.0) * part.flops / 3
 
 
 def _ends(step: StepTime, setting: Setting, hardware: Hardware) -> None:
     """Embedding, final norm and loss."""
-    config, element = setting.model, setting.element_bytes
+    config, element = setting.local, setting.element_bytes
     row = setting.tokens * config.dim * element
     _traffic(step, hardware, "embedding", 2 * row, 1, 0)
     # gradients of equal tokens are sorted and added, then the dense gradient of the table is written
