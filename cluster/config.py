@@ -25,6 +25,9 @@ class ParallelConfig(BaseModel):
         1, ge=1, description="parts of a micro-batch in which recurrent state is handed on, so that ranks overlap"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards over dp x cp")
+    offload_optimizer: bool = Field(
+        False, description="fp32 weights and optimizer state in the host's memory; the update runs there"
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="a rank without progress for so long is hung; four times as long in starts and saves"
     )

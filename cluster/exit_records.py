@@ -40,6 +40,9 @@ class ExitRecord:
 
 
 _noted: dict[str, Any] = {}
+# how long a process that leaves the message to another lets that one live to say it: torchrun ends all with the first
+_SPEAKER_SECONDS = 3.0
+_met = False
 
 
 def note(message: str = "", result: dict[str, Any] | None = None) -> None:
@@ -50,6 +53,28 @@ def note(message: str = "", result: dict[str, Any] | None = None) -> None:
 def launcher_listens() -> bool:
     """Whether a launcher will say what this process notes; it need not say it itself then."""
     return FOLDER_VARIABLE in os.environ
+
+
+def meet() -> None:
+    """Note that all ranks have compared themselves: from now on what ends one of them is known to rank 0."""
+    global _met
+    _met = True
+
+
+def speaks() -> bool:
+    """Whether this process says on standard error what ends it, so that there is one message and not one a rank.
+
+    Before the ranks have met that is the first process of each host, as others cannot know what happens there; later
+    it is rank 0. With a launcher that listens it is none. A process that does not speak waits a moment before the
+    meeting, as torchrun ends the others with it.
+    """
+    if launcher_listens():
+        return False
+    if os.environ.get("RANK", "0") == "0" or (not _met and os.environ.get("LOCAL_RANK", "0") == "0"):
+        return True
+    if not _met:
+        time.sleep(_SPEAKER_SECONDS)
+    return False
 
 
 def leave(exit_code: int) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from longspan.cluster.blame import blame
 from longspan.errors import EXIT_DIVERGENCE, EXIT_FAULT, EXIT_HANG, EXIT_OK, EXIT_REQUEUE, EXIT_USAGE
 
 # a rank that says nothing at all is given up before one that is alive but makes no progress
@@ -30,6 +33,7 @@ class Beat:
         age_seconds: since it entered the phase. limit_seconds: what the phase may take.
         waiting: the collective that it waits in; empty if in none.
         place: innermost line of Longspan's code that it is at.
+        calls: its collectives, as `Recorder.told` gives them; told only by a rank that has stood still for a while.
         lost_contact: a collective failed here, as it does when another rank dies.
         left: its exit code, once it has ended. message: what its error said.
     """
@@ -43,6 +47,7 @@ class Beat:
     limit_seconds: float
     waiting: str = ""
     place: str = ""
+    calls: dict[str, Any] | None = None
     lost_contact: bool = False
     left: int | None = None
     message: str = ""
@@ -102,7 +107,7 @@ def judge(ranks: Mapping[int, Seen]) -> Verdict | None:
         return _verdict(
             silent, "does not answer", lambda seen: f"for {seen.silent_seconds:.0f} s, last seen {seen.beat.where()}"
         )
-    return _hung(present)
+    return _hung(present, lost_contact)
 
 
 def silence_limit(beat: Beat) -> float:
@@ -123,12 +128,21 @@ def died(rank: int, beat: Beat) -> Verdict:
     return _verdict({rank: Seen(beat)}, "died,", lambda seen: f"last seen {seen.beat.where()}")
 
 
-def _hung(present: Mapping[int, Seen]) -> Verdict | None:
+def _hung(present: Mapping[int, Seen], lost_contact: bool) -> Verdict | None:
+    """Whether a rank is hung; which one the ranks' phases, and their collectives, show."""
     least = min((seen.beat.count for seen in present.values()), default=0)
-    behind = {rank: seen for rank, seen in present.items() if seen.beat.count == least}
-    if not any(seen.beat.age_seconds > seen.beat.limit_seconds for seen in behind.values()):
+    behind = {rank for rank, seen in present.items() if seen.beat.count == least}
+    late = any(present[rank].beat.age_seconds > present[rank].beat.limit_seconds for rank in behind)
+    if not late and not lost_contact:
         return None
-    culprits = {rank: seen for rank, seen in behind.items() if not seen.beat.waiting} or behind
+    found = blame({rank: seen.beat.calls for rank, seen in present.items() if seen.beat.calls})
+    if not late and (found is None or not found.is_disagreement):
+        return None
+    waiting = {rank for rank, seen in present.items() if _waits(seen.beat)}
+    named = set(found.culprits) if found else set()
+    if not (found and found.is_disagreement) and waiting:
+        named |= behind - waiting
+    culprits = {rank: seen for rank, seen in present.items() if rank in (named or behind)}
 
     def story(seen: Seen) -> str:
         beat = seen.beat
@@ -139,7 +153,12 @@ def _hung(present: Mapping[int, Seen]) -> Verdict | None:
     verdict = _verdict(culprits, "hangs", story)
     waits = sorted({seen.beat.waiting for rank, seen in present.items() if rank not in culprits and seen.beat.waiting})
     others = f" The other ranks wait in {', '.join(waits)}." if waits else ""
-    return Verdict(verdict.exit_code, verdict.message + others, verdict.culprits)
+    collective = f" {found.sentence}" if found else ""
+    return Verdict(verdict.exit_code, verdict.message + others + collective, verdict.culprits)
+
+
+def _waits(beat: Beat) -> bool:
+    return bool(beat.waiting or (beat.calls and beat.calls["waits"]))
 
 
 def _verdict(culprits: Mapping[int, Seen], verb: str, story: Callable[[Seen], str]) -> Verdict:
@@ -156,15 +175,15 @@ def current_place(own_thread: int) -> tuple[str, str]:
     Args:
         own_thread: identifier of the caller's thread, which is left out.
     """
-    waiting, places = "", []
-    for thread, frame in sys._current_frames().items():
+    waiting, best, main = "", "", threading.main_thread().ident
+    for thread, frame in sorted(sys._current_frames().items(), key=lambda found: found[0] != main):
         if thread == own_thread:
             continue
         name, place = _look(frame)
+        # the thread that waits tells most, then the main one
+        best = place if name and not waiting and place else best or place
         waiting = waiting or name
-        if place:
-            places.append(place)
-    return waiting, places[0] if places else ""
+    return waiting, best
 
 
 def _look(innermost: FrameType) -> tuple[str, str]:
@@ -177,7 +196,14 @@ def _look(innermost: FrameType) -> tuple[str, str]:
         path = Path(frame.f_code.co_filename)
         if path.name == "distributed_c10d.py":
             waiting = frame.f_code.co_name  # the outermost: the collective that was asked for
-        elif not place and path.is_relative_to(_PACKAGE):
+        elif not place and _is_ours(path):
             place = f"{path.relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return waiting, place
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is Longspan's, and not only the wrapper around a collective."""
+    if not path.is_relative_to(_PACKAGE) or path.name == "collectives.py":
+        return False
+    return "site-packages" not in path.relative_to(_PACKAGE).parts  # an environment inside of the source tree

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.cluster import exit_records, network
+from longspan.cluster.collectives import start_recording
 from longspan.cluster.config import LONGEST_ALLOWANCE, ParallelConfig
-from longspan.cluster.network import free_port
 from longspan.cluster.preflight import check_ranks, describe_rank
 from longspan.errors import ClusterError, UsageError
 
@@ -131,15 +132,12 @@ class Mesh:
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         replica = parallel.tp * parallel.cp
-        if world_size % replica:
-            raise UsageError(
-                f"{world_size} processes do not factor into parallel.tp = {parallel.tp} x parallel.cp = {parallel.cp} "
-                f"x data parallel. Start a multiple of {replica} processes, or change tp or cp."
-            )
+        if "RANK" not in os.environ:
+            _check_factors(world_size, parallel)
         local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
         # a hung rank is the watchdog's to name, within each phase's own limit; a collective gives up only after that
         timeout = timedelta(seconds=parallel.timeout_seconds * LONGEST_ALLOWANCE)
-        _join(kind, parallel.timeout_seconds, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
+        _join(kind, parallel, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
         if kind == "cuda":
             torch.cuda.set_device(local_rank)
         parallel_state.initialize_model_parallel(
@@ -149,7 +147,7 @@ class Mesh:
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=False,
         )
-        return cls(
+        mesh = cls(
             rank=dist.get_rank(),
             world_size=world_size,
             local_rank=local_rank,
@@ -166,6 +164,17 @@ class Mesh:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             control_group=dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD,
         )
+        if world_size > 1:
+            start_recording(
+                {
+                    "all ranks": dist.group.WORLD,
+                    "all ranks, over gloo": mesh.control_group,
+                    "data x context parallel": mesh.dp_cp_group,
+                    "context parallel": mesh.cp_group,
+                    "tensor parallel": mesh.tp_group,
+                }
+            )
+        return mesh
 
     @property
     def dp_cp_size(self) -> int:
@@ -252,11 +261,36 @@ class Mesh:
         dist.destroy_process_group()
 
 
-def _join(kind: str, join_seconds: float, timeout: timedelta, settings: dict[str, Any]) -> None:
+def _check_factors(world_size: int, parallel: ParallelConfig) -> None:
+    replica = parallel.tp * parallel.cp
+    if world_size % replica:
+        raise UsageError(
+            f"{world_size} processes do not factor into parallel.tp = {parallel.tp} x parallel.cp = {parallel.cp} "
+            f"x data parallel. Start a multiple of {replica} processes, or change tp or cp."
+        )
+
+
+def _reach(rank: int, world_size: int, address: str, port: str, seconds: float) -> None:
+    """Wait until rank 0's host answers: torch's own attempt may take several times the timeout, and says less.
+
+    Raises:
+        UsageError: it does not. ClusterError: the same under a launcher, which may try again.
+    """
+    error = network.unreachable(address, int(port), seconds)
+    if error is not None:
+        kind = ClusterError if exit_records.launcher_listens() else UsageError
+        raise kind(
+            f"rank {rank} of {world_size}: nobody answers at MASTER_ADDR:MASTER_PORT = {address}:{port} within "
+            f"{seconds:.0f} s ({error}). Start rank 0 there, check address, port and firewall from this host, or wait "
+            f"longer with parallel.timeout_seconds."
+        ) from error
+
+
+def _join(kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dict[str, Any]) -> None:
     """Initialise torch's default process group from torchrun's environment, or alone.
 
     Args:
-        kind: "cpu" or "cuda". join_seconds: longest wait for the other ranks. timeout: longest collective.
+        kind: "cpu" or "cuda". parallel: sizes, and the longest wait for the other ranks. timeout: longest collective.
         settings: what has to be the same on all ranks.
     """
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -273,9 +307,14 @@ def _join(kind: str, join_seconds: float, timeout: timedelta, settings: dict[str
         raise UsageError(
             f"RANK = {rank} is set, but MASTER_PORT is not. Start with torchrun, which sets both, or unset RANK."
         )
+    join_seconds, compared = parallel.timeout_seconds, False
+    if rank != 0:
+        _reach(rank, world_size, address, port, join_seconds)
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=join_seconds)))
         check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
+        _check_factors(world_size, parallel)  # all ranks have the same sizes, so all say so
+        compared = True
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
@@ -283,9 +322,11 @@ def _join(kind: str, join_seconds: float, timeout: timedelta, settings: dict[str
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UsageError(
                 f"port {port} on {address} is in use, so the processes cannot meet there. "
-                f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {free_port()}."
+                f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {network.free_port()}."
             ) from error
-        raise ClusterError(
+        # another program at that address will not go away by itself; a launcher may have chosen it anew
+        cause = ClusterError if compared or exit_records.launcher_listens() else UsageError
+        raise cause(
             f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {text.splitlines()[0]} "
             f"Check that all of them were started and that the address is reachable from this host."
         ) from error

@@ -72,24 +72,31 @@ def interface_of(address: str) -> str | None:
 
 
 def wait_reachable(host: str, port: int, timeout_seconds: float) -> None:
-    """Wait until something listens at host:port.
+    """Wait until something listens at --rendezvous host:port.
 
     Raises:
         UsageError: nothing did within the timeout.
     """
+    error = unreachable(host, port, timeout_seconds)
+    if error is not None:
+        raise UsageError(
+            f"no launcher answers at --rendezvous {host}:{port} within {timeout_seconds:.0f} s ({error}). "
+            f"Start the same command on {host} too, check the port and the firewall between the nodes, or "
+            f"wait longer with parallel.timeout_seconds."
+        ) from error
+
+
+def unreachable(host: str, port: int, timeout_seconds: float) -> OSError | None:
+    """Why nothing answers at host:port within the timeout; None as soon as something does."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         left = deadline - time.monotonic()
         try:
             socket.create_connection((host, port), timeout=max(0.1, min(5.0, left))).close()
-            return
+            return None
         except OSError as error:
             if time.monotonic() >= deadline - 0.5:
-                raise UsageError(
-                    f"no launcher answers at --rendezvous {host}:{port} within {timeout_seconds:.0f} s ({error}). "
-                    f"Start the same command on {host} too, check the port and the firewall between the nodes, or "
-                    f"wait longer with parallel.timeout_seconds."
-                ) from error
+                return error
             time.sleep(0.5)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longspan.cluster import exit_records
 from longspan.errors import ClusterError, UsageError
 
 _LOG = logging.getLogger("longspan.cluster.preflight")
@@ -109,6 +110,7 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
         store.set("verdict", json.dumps(_collect(store, world_size, timeout)))
     # rank 0 itself may use up the whole timeout
     verdict = json.loads(_wait(store, "verdict", 2 * timeout))
+    exit_records.meet()
     store.set(f"read/{rank}", "")
     if rank == 0 and (verdict["missing"] or verdict["problems"]):
         with contextlib.suppress(dist.DistError):  # the store ends with this process: first the others read from it

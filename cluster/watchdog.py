@@ -21,20 +21,26 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from longspan.cluster import exit_records
+from longspan.cluster.collectives import recorder
 from longspan.cluster.config import PHASE_ALLOWANCES
 from longspan.cluster.heartbeat import Beat, Seen, Verdict, current_place, died, judge, silence_limit
 from longspan.errors import EXIT_HANG, EXIT_OK, EXIT_UNEXPECTED, ClusterError, HangError, LongspanError
 
 _BEAT_SECONDS = 1.0
+# a rank that has been in one phase for so long, or for a quarter of the limit if that is less, tells its collectives
+_TELL_CALLS_SECONDS = 5.0
 # after a failed collective: how long until it must be known which rank is to blame
 _EXPLAIN_SECONDS = 15.0
 # leaving after that: groups of a rank that is dead may not close
 _TEARDOWN_SECONDS = 20.0
 _LINGER_SECONDS = 2.0
+# of a culprit's last collectives on standard error; its dump has all that are kept
+_SHOWN_CALLS = 16
 _CONTACT = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|timed out|timeout", re.IGNORECASE
 )
@@ -49,10 +55,19 @@ class Watchdog:
         rank, world_size: this process among them.
         limit_seconds: a rank that stays longer in one phase is hung; phases in `PHASE_ALLOWANCES` may take longer.
         gather: collects a small value of every rank, in order of rank, on all of them.
+        dumps: folder where each rank writes its stacks and last collectives when the run cannot go on; None: nowhere.
     """
 
-    def __init__(self, rank: int, world_size: int, limit_seconds: float, gather: Callable[[Any], list[Any]]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        limit_seconds: float,
+        gather: Callable[[Any], list[Any]],
+        dumps: Path | None = None,
+    ) -> None:
         self._rank, self._world_size, self._limit, self._gather = rank, world_size, limit_seconds, gather
+        self._dumps = dumps
         self._interval = min(_BEAT_SECONDS, limit_seconds / 10)
         self._entered = time.monotonic()
         self._mine = Beat(socket.gethostname(), os.getpid(), 0, "start", 0, 0.0, self._allowed("start"))
@@ -120,7 +135,10 @@ class Watchdog:
         if age < 2 * self._interval or self._mine.left is not None:
             return replace(self._mine, age_seconds=age)
         waiting, place = current_place(threading.get_ident())
-        return replace(self._mine, age_seconds=age, waiting=waiting, place=place)
+        calls = None
+        if age > min(_TELL_CALLS_SECONDS, self._limit / 4):
+            calls = recorder().told()
+        return replace(self._mine, age_seconds=age, waiting=waiting, place=place, calls=calls)
 
     def _connect(self) -> None:
         """Lines between rank 0 and every other rank; the port is open only while they connect.
@@ -187,7 +205,7 @@ class Watchdog:
                     ranks[rank] = replace(was, silent_seconds=now - heard[rank], left_seconds=now - left.get(rank, now))
                 verdict = judge(ranks)
                 for line in self._peers.values():
-                    line.send({"verdict": asdict(verdict)} if verdict else asdict(ranks[0].beat))
+                    line.send({"verdict": asdict(verdict)} if verdict else asdict(replace(ranks[0].beat, calls=None)))
                 if verdict:
                     self._drain()
                     self._end(verdict)
@@ -246,15 +264,30 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> None:
         """End this process, unless its main thread waits for the verdict to do so itself."""
         self._verdict = verdict
+        self._dump(verdict)
         self._judged.set()
         if self._explaining.is_set() or self._closing.is_set():
             return
         if self._rank in verdict.culprits:
             faulthandler.dump_traceback(file=sys.__stderr__ or 2)
+            os.write(2, "\n".join(["Last collectives:", *recorder().lines()[-_SHOWN_CALLS:], ""]).encode())
         message = f"{verdict.message} All ranks end; go on from the last checkpoint with --resume."
         os.write(2, f"longspan: rank {self._rank}: {message}\n".encode())
         exit_records.note(message)
         os._exit(exit_records.leave(verdict.exit_code))
+
+    def _dump(self, verdict: Verdict) -> None:
+        """Write what this process was doing beside the run's other files; best effort, it must end in any case."""
+        if self._dumps is None:
+            return
+        with contextlib.suppress(OSError):
+            self._dumps.mkdir(parents=True, exist_ok=True)
+            with (self._dumps / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
+                print(
+                    verdict.message, "", "Last collectives:", *recorder().lines(), "", "Threads:", sep="\n", file=file
+                )
+                file.flush()
+                faulthandler.dump_traceback(file=file)
 
 
 def _error(verdict: Verdict) -> LongspanError:

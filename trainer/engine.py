@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -94,6 +94,8 @@ class Engine:
         """
         self.model = model
         self.mesh = mesh
+        # who reads weights or optimizer state in another thread must be through with it then
+        self.before_update: Callable[[], None] = lambda: None
         self.stage = config.parallel.zero_stage
         self.clip_norm = config.optimizer.clip_norm
         self.num_micro_batches = config.data.lanes // (mesh.dp_size * config.training.micro_batch_lanes)
@@ -174,6 +176,14 @@ class Engine:
     def optimizer_state(self) -> OptimizerState:
         """Every parameter's optimizer state by full name: whole, float32, a copy on the CPU."""
         return self._logical.optimizer_state()
+
+    def each_state(self, names: Collection[str]) -> Iterator[tuple[str, str | None, Tensor, bool]]:
+        """Weights and optimizer state of some parameters, one by one: `ReplicatedState.each`."""
+        return self._logical.each(names)
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every whole parameter by full name."""
+        return self._logical.sizes()
 
     def load(self, weights: Weights, optimizer_state: OptimizerState | None = None) -> None:
         """Set weights and, if given, optimizer state, as `weights` and `optimizer_state` returned them at any stage.
@@ -256,12 +266,17 @@ class Engine:
                     found[partition_of(parameter) is not None].append(parameter.grad)
             return found
         zero = self._deepspeed.optimizer
-        for index, gradients in zero.averaged_gradients.items():
+        held: dict[int, list[Tensor]] = zero.averaged_gradients
+        if self._parallel.offload_optimizer:
+            gradients = [tensor.grad for tensor in self._logical.optimized_tensors()]
+            held = {index: [gradient] for index, gradient in enumerate(gradients) if gradient is not None}
+        for index, shares in held.items():
             group = zero.sub_group_to_group_id[index] if self.stage == 3 else index
-            found[self._divided_groups[group]].extend(gradients)
+            found[self._divided_groups[group]].extend(shares)
         return found
 
     def _update(self, lr: float, grad_norm: float) -> None:
+        self.before_update()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_multiplier", 1.0)
         if self.stage == 0 and 0 < self.clip_norm < grad_norm:
@@ -280,6 +295,11 @@ class Engine:
         # stage 3 reuses these buffers and would keep the NaN in their padding
         torch._foreach_zero_(gradients)
 
+    def _offload(self) -> dict[str, Any] | None:
+        if not self._parallel.offload_optimizer:
+            return None
+        return {"device": "cpu", "pin_memory": self.mesh.device.type == "cuda"}
+
     def _deepspeed_config(self, config: RunConfig) -> dict[str, Any]:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
@@ -291,8 +311,10 @@ class Engine:
                 "stage": self.stage,
                 "reduce_bucket_size": min(num_parameters, _MAX_BUCKET),
                 "memory_efficient_linear": False,  # would replace torch's linear for the whole process
+                "offload_optimizer": self._offload(),
             },
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves, and needs no compiler
             "bf16": {"enabled": config.training.precision == "bf16"},
             "timers": {"throughput": {"enabled": False}},
             "steps_per_print": None,
@@ -303,7 +325,7 @@ def _square_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares, fp64, a scalar."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum().to(device)
 
 
 def _gather_by_layer(model: nn.Module) -> None:

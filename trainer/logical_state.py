@@ -9,7 +9,8 @@ deepspeed: all of it goes through the methods and attributes that its optimizers
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 class ReplicatedState:
     """ZeRO 0: every rank holds all parameters, and the optimizer keeps its state under them."""
+
+    gives_its_memory = True  # `full_weight` and `full_state` return it, not a copy
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Any, shard: TensorShard = WHOLE
@@ -75,6 +78,33 @@ class ReplicatedState:
             for key, value in optimizer_state.get(name, {}).items():
                 self.set_state(parameter, key, self._own(parameter, value))
 
+    def sizes(self) -> dict[str, int]:
+        """Elements of every whole parameter by name."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
+        divided = {name for name, p in self.parameters.items() if partition_of(p) is not None}
+        return {name: math.prod(shape) * (self.shard.size if name in divided else 1) for name, shape in shapes.items()}
+
+    def each(self, names: Collection[str]) -> Iterator[tuple[str, str | None, Tensor, bool]]:
+        """The whole weight and optimizer state of some parameters, one by one. Every rank must go through all of it.
+
+        Args:
+            names: parameters that this rank wants; ranks may want different ones.
+
+        Yields:
+            Name; entry of the optimizer state, None for the weight; the whole tensor where it lies; whether that is
+            the memory which the next update changes (otherwise it is a copy that nobody else has).
+        """
+        for name, parameter in self.parameters.items():
+            value, is_live = self._whole(parameter, self.full_weight(parameter))
+            if name in names:
+                yield name, None, value, is_live
+        self.prepare()
+        for name, parameter in self.parameters.items():
+            for key, entry in self.full_state(parameter).items():
+                value, is_live = self._whole(parameter, entry)
+                if name in names:
+                    yield name, key, value, is_live
+
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter, float32 where a float32 master is kept."""
         return parameter.detach()
@@ -109,20 +139,26 @@ class ReplicatedState:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+        # DeepSpeed keeps the gradients of offloaded tensors in buffers of its own
+        before = [tensor.grad for tensor in self.optimized_tensors()]
         for tensor in self.optimized_tensors():
             tensor.grad = torch.zeros_like(tensor)
         self.step_optimizer()
-        for tensor in self.optimized_tensors():
-            tensor.grad = None
+        for tensor, gradient in zip(self.optimized_tensors(), before, strict=True):
+            tensor.grad = gradient
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _snapshot(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """A copy on the CPU in float32 of a weight or an entry of its optimizer state, whole."""
+    def _whole(self, parameter: nn.Parameter, value: Tensor) -> tuple[Tensor, bool]:
+        """A weight or an entry of its optimizer state put together, and whether it is the memory of the optimizer."""
         partition = partition_of(parameter)
         if partition is not None and value.ndim:
-            value = partition.whole(value.to(parameter.device), self.shard)
-        return value.detach().to(device="cpu", dtype=torch.float32, copy=True)
+            return partition.whole(value.to(parameter.device), self.shard), False
+        return value, self.gives_its_memory or not value.ndim
+
+    def _snapshot(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A copy on the CPU in float32 of a weight or an entry of its optimizer state, whole."""
+        return self._whole(parameter, value)[0].detach().to(device="cpu", dtype=torch.float32, copy=True)
 
     def _own(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's part of a whole weight or entry of its optimizer state."""
@@ -149,6 +185,8 @@ class ReplicatedState:
 
 class FlatState(ReplicatedState):
     """ZeRO 1 and 2: the optimizer updates this rank's share of one flat float32 tensor a group."""
+
+    gives_its_memory = False
 
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """Put together over the ranks from the float32 masters."""
@@ -193,6 +231,8 @@ class FlatState(ReplicatedState):
 
 class PartitionedState(ReplicatedState):
     """ZeRO 3: parameters, masters and state are all sharded; rank r holds the r-th slice of the zero-padded whole."""
+
+    gives_its_memory = False
 
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """Gathered over the ranks from the float32 masters."""

@@ -12,6 +12,7 @@ from longspan.cluster.watchdog import Watchdog
 from longspan.data_pipeline.reader import LaneReader
 from longspan.errors import CheckpointError, DivergenceError, Stopped, UsageError
 from longspan.modeling.model import build_model
+from longspan.trainer.checkpoint.background import Saved, SaveStalls
 from longspan.trainer.config import RunConfig
 from longspan.trainer.corpus_tokenizer import corpus_tokenizer
 from longspan.trainer.data_source import DataSource, open_data
@@ -20,11 +21,14 @@ from longspan.trainer.engine import Engine, StepResult
 from longspan.trainer.lanes import Lanes
 from longspan.trainer.recorder import Recorder
 from longspan.trainer.restore import load_initial_weights, seed_everything
-from longspan.trainer.run_directory import RunDirectory, check_usable
+from longspan.trainer.run_directory import RunDirectory, check_usable, checkpoint_root
 from longspan.trainer.saving import Checkpoints, Resumed
 from longspan.trainer.schedules import learning_rate
 from longspan.trainer.signals import StopRequest
 from longspan.trainer.validation import Validation
+
+# a save that goes on when the run fails is given so long to end
+_LAST_SAVE_SECONDS = 60.0
 
 
 def train(
@@ -50,7 +54,7 @@ def train(
         CheckpointError: no checkpoint verifies, or the last save failed.
     """
     with StopRequest() as stop:
-        check_usable(run_dir, resume=resume)
+        check_usable(run_dir, checkpoint_root(config, run_dir), resume=resume)
         source = open_data(config)
         arguments = {"run_dir": str(run_dir), "resume": resume, "init_from": str(init_from), "fork_data": fork_data}
         mesh = Mesh.build(config.parallel, settings={"arguments": arguments, **config.model_dump(mode="json")})
@@ -59,7 +63,8 @@ def train(
             _check_lanes(config, mesh)
             mesh.on_rank_zero(lambda: directories.append(RunDirectory(run_dir)))
             recorder = Recorder(config, run_dir, mesh, directories[0] if directories else None)
-            with Watchdog(mesh.rank, mesh.world_size, config.parallel.timeout_seconds, mesh.gather) as watchdog:
+            limit = config.parallel.timeout_seconds
+            with Watchdog(mesh.rank, mesh.world_size, limit, mesh.gather, run_dir / "hang") as watchdog:
                 run = Run(config, run_dir, mesh, source, stop, recorder, watchdog)
                 return run.execute(resume, init_from, fork_data)
         finally:
@@ -74,11 +79,6 @@ def _check_lanes(config: RunConfig, mesh: Mesh) -> None:
         raise UsageError(
             f"data.lanes = {lanes} do not divide over {mesh.dp_size} data-parallel ranks in micro-batches of "
             f"training.micro_batch_lanes = {micro}. Make lanes a multiple of {mesh.dp_size * micro}."
-        )
-    if mesh.cp_size > 1 and mesh.device.type == "cuda":
-        raise UsageError(
-            f"parallel.cp = {mesh.cp_size}: only on CPU so far. On GPUs, over NCCL and with bf16 kernels, gradients "
-            f"did not equal those of one rank (docs/context_parallel.md). Use data parallelism there."
         )
 
 
@@ -111,6 +111,7 @@ class Run:
             "lanes_reset": 0,
             "threads": self.threads,
         }
+        self.save_stalls = SaveStalls()
         self.first_step_seconds: float | None = None
         self.last: StepResult | None = None
         self.validation_bits_per_byte: float | None = None
@@ -131,12 +132,15 @@ class Run:
             status = "FAILED"
             try:
                 self._record_start(resumed)
+                self.checkpoints.warn_of_shortage()
                 self._train()
                 status = "FINISHED"
             except Stopped:
                 status = "KILLED"
                 raise
             finally:
+                if status == "FAILED":
+                    self._abandon()
                 self.recorder.close(self.step, status)
         return self._summary(time.monotonic() - started)
 
@@ -148,7 +152,7 @@ class Run:
         self.engine = Engine(model, config, mesh, self.source.manifest.vocabulary.eos)
         self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
         self.checkpoints = Checkpoints(
-            config, self.run_dir / "checkpoints", self.engine, self.lanes, self.source, self.note
+            config, checkpoint_root(config, self.run_dir), self.engine, self.lanes, self.source, self.note
         )
         self.validation = Validation(
             config,
@@ -207,6 +211,7 @@ class Run:
             self._validate()
         while self.step < config.training.steps:
             result = self._one_step()
+            self._collect(self.checkpoints.finished())
             if self.counters["consecutive_skips"] >= config.training.max_consecutive_skips:
                 raise self._divergence()
             if result.stop:
@@ -218,6 +223,7 @@ class Run:
                 self._save()
             if self._due(config.validation.interval_steps):
                 self._validate()
+        self._join_save()
         if self.saved_step != self.step:
             raise CheckpointError(
                 f"training is finished, but its last step {self.step} could not be saved. "
@@ -250,25 +256,47 @@ class Run:
         self.recorder.step(self.step, result, lr, seconds, counters)
         return result
 
-    def _save(self) -> bool:
-        """Write a checkpoint; a failed one is counted and training goes on."""
+    def _save(self) -> None:
+        """Start to write a checkpoint; training goes on meanwhile, and if it fails."""
+        waited = self._join_save()
         self.watchdog.phase("save", self.step)
-        result = self.checkpoints.save(self.step, dict(self.counters))
+        self.checkpoints.begin(self.step, dict(self.counters), waited)
+
+    def _join_save(self) -> float:
+        """Wait for the save that goes on, if there is one; seconds that it took. Afterwards all ranks know the same."""
+        started = time.monotonic()
+        self.watchdog.phase("save", self.step)
+        self._collect(self.checkpoints.join())
+        return time.monotonic() - started
+
+    def _collect(self, saved: Saved | None) -> None:
+        """Note the outcome of a save; a failed one is counted."""
+        if saved is None:
+            return
+        result, times = saved.result, {"stall_seconds": saved.stall_seconds, "waited_seconds": saved.waited_seconds}
+        self.save_stalls.add(saved)
         if result.ok:
-            self.saved_step = self.step
+            self.saved_step = saved.step
             self.recorder.record(
                 "checkpoint",
-                self.step,
+                saved.step,
                 path=str(result.path),
                 seconds=result.seconds,
-                quarantined=sorted(self.reader.quarantine),
+                **times,
+                quarantined=saved.quarantined,
             )
-            self.recorder.progress.saved(self.step, result.seconds)
+            self.recorder.progress.saved(saved.step, result.seconds, saved.stall_seconds, saved.waited_seconds)
         else:
             self.counters["checkpoint_failures"] += 1
-            self.recorder.record("checkpoint_failure", self.step, error=result.error, seconds=result.seconds)
+            self.recorder.record("checkpoint_failure", saved.step, error=result.error, seconds=result.seconds, **times)
             self.note(str(result.error))
-        return result.ok
+
+    def _abandon(self) -> None:
+        """Let a save end that goes on while the run fails, and hide nothing of why it does."""
+        try:
+            self._collect(self.checkpoints.join(_LAST_SAVE_SECONDS))
+        except Exception as error:
+            self.note(f"the checkpoint that was being written is lost: {error}")
 
     def _validate(self) -> None:
         started = time.monotonic()
@@ -298,7 +326,11 @@ class Run:
             CheckpointError: the save failed.
         """
         signal_name = self.stop.received or "a signal on another rank"
-        if self.saved_step != self.step and not self._save():
+        self._join_save()
+        if self.saved_step != self.step:
+            self._save()
+            self._join_save()
+        if self.saved_step != self.step:
             raise CheckpointError(
                 f"stopped by {signal_name}, and step {self.step} could not be saved. {self.checkpoints.last_good()}"
             )
@@ -308,6 +340,7 @@ class Run:
         )
 
     def _divergence(self) -> DivergenceError:
+        self._join_save()
         return DivergenceError(
             f"loss or gradient was not finite in {self.counters['consecutive_skips']} steps in a row "
             f"(training.max_consecutive_skips = {self.config.training.max_consecutive_skips}), the last of them step "
@@ -329,6 +362,7 @@ class Run:
             "first_step_seconds": self.first_step_seconds,
             "skips": self.counters["skips"],
             "checkpoint_failures": self.counters["checkpoint_failures"],
+            **self.save_stalls.summary(),
             "lanes_reset": self.counters["lanes_reset"],
             "quarantined_documents": sorted(self.reader.quarantine),
             "world_size": self.mesh.world_size,

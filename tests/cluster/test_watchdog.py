@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,9 @@ def test_a_hung_rank_is_named_by_both(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "fired").exists()
     for end in ends:
         assert names_rank_one(end, "hangs in phase 'step' at step 3", "The other ranks wait in all_reduce"), end
+        assert re.search(
+            r"Rank 1 has not entered call \d+ of all ranks .ranks 0, 1., all_reduce of 8 bytes, in", end.text
+        )
         assert LIMIT - 1 < end.seconds_after_fault < LIMIT + SLACK
     assert "two_trainers.py" in ends[1].text, "the hung rank prints its stack"
     assert (tmp_path / "run/checkpoints").exists() is (FAULT_STEP > 4)
@@ -50,6 +54,20 @@ def test_a_killed_rank_is_named_at_once(recipe: Path, tmp_path: Path) -> None:
     assert killed.exit_code == -9
     assert names_rank_one(survivor, "died, last seen in phase"), survivor
     assert survivor.seconds_after_fault < LIMIT, "sooner than a hang: its connection has ended"
+
+
+def test_a_rank_that_leaves_a_collective_out_is_named_with_it(recipe: Path, tmp_path: Path) -> None:
+    """Rank 1 goes on to the save, so that the two call different things; neither is outside of a collective."""
+    ends = run_two(recipe, tmp_path, "skip")
+    assert (tmp_path / "fired").exists()
+    for rank, end in enumerate(ends):
+        assert names_rank_one(end, "rank 0 (process", "of all ranks (ranks 0, 1)"), end
+        found = re.search(r"The ranks disagree about call (\d+) of all ranks .ranks 0, 1.: (.*?)\. All", end.text)
+        assert found is not None, end
+        assert found[2] == "rank 0 called all_reduce of 56 bytes; rank 1 called all_gather_object"
+        dump = (tmp_path / f"run/hang/rank-{rank:05d}.txt").read_text()
+        assert f"#{found[1]:<6} {('all_reduce of 56 bytes', 'all_gather_object')[rank]}, all ranks" in dump
+        assert "Threads:" in dump and "trainer/loop.py" in dump
 
 
 @pytest.mark.long

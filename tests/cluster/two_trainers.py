@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from tiny_training import tiny_config
 from trainer_toy import free_port
 
+from longspan.cluster.mesh import Mesh
 from longspan.cluster.watchdog import Watchdog
 from longspan.data_pipeline.reader import LaneReader
 from longspan.trainer import cli
@@ -59,7 +60,8 @@ def run_two(
     """Train with a fault planted in rank 1, and see how both ranks end.
 
     Args:
-        fault: hang, kill, stop (SIGSTOP), raise, or none. where: in the phase's `data` part or in its `step` part.
+        fault: hang, kill, stop (SIGSTOP), raise, skip (the rank leaves a collective out and goes on), or none.
+        where: in the phase's `data` part or in its `step` part; what is left out is the step's agreement.
         watchdog: False switches it off in both ranks.
         deadline_seconds: ranks that still run so long after the fault are killed.
     """
@@ -110,6 +112,8 @@ def _live(rank: int, port: int, recipe: Path, folder: Path, fault: str, where: s
 
 def _plant(fault: str, where: str, folder: Path) -> None:
     owner, name = (LaneReader, "batch") if where == "data" else (Engine, "_update")
+    if fault == "skip":
+        owner, name = Mesh, "sum_over_all"
     real, calls = getattr(owner, name), []
 
     def faulty(*args, **options):
@@ -120,6 +124,8 @@ def _plant(fault: str, where: str, folder: Path) -> None:
                 time.sleep(1000)
             elif fault == "raise":
                 raise ValueError("planted")
+            elif fault == "skip":
+                return args[1]
             else:
                 os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
         return real(*args, **options)

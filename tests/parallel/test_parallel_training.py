@@ -71,3 +71,20 @@ def test_a_run_goes_on_with_other_sizes_of_the_mesh(shards: Path, one_rank: Path
 def test_a_segment_that_does_not_divide_is_refused(shards: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel.cp = 3.*multiple of 24"):
         tiny_config(shards, parallel__cp=3, data__segment_tokens=32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"parallel__zero_stage": 1}, "no gradient of the state's update, and parallel.zero_stage = 1"),
+        ({"parallel__state_grad": "truncate"}, "no update of the state is ever trained"),
+    ],
+)
+def test_one_recurrent_block_a_rank_is_refused_where_some_rank_lacks_a_gradient(
+    shards: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        tiny_config(shards, parallel__cp=2, data__segment_tokens=16, **settings)
+    assert words in str(refused.value) and "Use data.segment_tokens: 32" in str(refused.value)
+    tiny_config(shards, parallel__cp=2, data__segment_tokens=16)
+    tiny_config(shards, parallel__cp=2, data__segment_tokens=32, **settings)

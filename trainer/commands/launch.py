@@ -13,7 +13,7 @@ from longspan.cluster.launcher import NodeLaunch, NodeResult, collect_signals, m
 from longspan.errors import EXIT_OK, EXIT_REQUEUE, ClusterError, LongspanError, Stopped, UsageError
 from longspan.trainer import recipes
 from longspan.trainer.config import RunConfig, cross_problems
-from longspan.trainer.run_directory import check_usable
+from longspan.trainer.run_directory import check_usable, checkpoint_root
 
 _MODULE = "longspan.trainer.cli"
 
@@ -70,7 +70,8 @@ def _node_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _local(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    check_usable(Path(args.run_dir), resume=args.resume)
+    run_dir = Path(args.run_dir)
+    check_usable(run_dir, checkpoint_root(config, run_dir), resume=args.resume)
     launch = NodeLaunch(
         module=_MODULE,
         # a restart has to resume; a run that has no checkpoint yet starts from its first step all the same

@@ -1,0 +1,80 @@
+"""Ranks that cannot train together end with 2, all of them, with one message, and none hangs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from worlds import command_line, in_world
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from tiny_training import build_tiny_corpus, tiny_config
+from trainer_toy import free_port
+
+LIMIT = 3.0
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    config = tiny_config(build_tiny_corpus(folder), training__micro_batch_lanes=1, parallel__timeout_seconds=60)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def train(rank: int, recipe: Path, run: Path, settings: list[list[str]], environment: dict[str, str]) -> Any:
+    """`longspan train` with this rank's settings; its exit code, what it says, and seconds."""
+    os.environ.update(environment)
+    sets = [part for setting in settings[rank % len(settings)] for part in ("--set", setting)]
+    started = time.monotonic()
+    return *command_line(rank, ["train", str(recipe), "--run-dir", str(run), *sets]), time.monotonic() - started
+
+
+def ends(
+    recipe: Path, folder: Path, ranks: int, settings: list[list[str]], environment: dict[str, str] | None = None
+) -> tuple[list[int], list[str], float]:
+    """Exit codes, what was said (the data's own warning left out), and the longest time."""
+    [found] = in_world(ranks, folder, [(train, (recipe, folder / "run", settings, environment or {}))])
+    said = [line for _, text, _ in found for line in text.splitlines() if "few long documents" not in line]
+    assert not (folder / "run").exists(), "nothing is written"
+    return [code for code, _, _ in found], said, max(seconds for _, _, seconds in found)
+
+
+def test_processes_that_do_not_factor(recipe: Path, tmp_path: Path) -> None:
+    codes, said, _ = ends(recipe, tmp_path, 3, [["parallel.tp=2"]])
+    assert codes == [2, 2, 2]
+    assert len(said) == 1 and "3 processes do not factor into parallel.tp = 2 x parallel.cp = 1" in said[0]
+
+
+def test_sizes_that_do_not_divide_are_one_message_with_all_of_them(recipe: Path, tmp_path: Path) -> None:
+    codes, said, _ = ends(recipe, tmp_path, 2, [["parallel.tp=5", "parallel.cp=3"]])
+    assert codes == [2, 2]
+    text = "\n".join(said)
+    assert [text.count(part) for part in ("problems in", "num_heads = 2", "parallel.cp = 3")] == [1, 1, 1], text
+
+
+def test_another_configuration_on_one_rank(recipe: Path, tmp_path: Path) -> None:
+    codes, said, seconds = ends(recipe, tmp_path, 2, [["optimizer.lr_peak=0.01"], ["optimizer.lr_peak=0.02"]])
+    assert codes == [2, 2] and seconds < 50, "sooner than the limit"
+    text = "\n".join(said)
+    assert text.count("rank 1 on host") == 1 and "differs in optimizer.lr_peak: 0.02 there, 0.01 on rank 0" in text
+
+
+def test_what_is_wrong_on_another_host_alone_is_said_there(recipe: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for it, and cannot know."""
+    other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    codes, said, _ = ends(recipe, tmp_path, 1, [["parallel.tp=7"]], other)
+    assert codes == [2] and "model.num_heads = 2" in "\n".join(said)
+
+
+def test_a_master_that_nobody_serves(recipe: Path, tmp_path: Path) -> None:
+    other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
+    codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)
+    assert codes == [2] and seconds < LIMIT + 30
+    assert len(said) == 1 and f"nobody answers at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{other['MASTER_PORT']}" in said[0]
