@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: help demo test test-long test-parallel test-faults test-faults-data test-faults-cluster lint clean
+.PHONY: help demo test test-long test-parallel test-faults test-faults-data test-faults-evals test-faults-cluster lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,7 +29,7 @@ test: $(VENV)/installed  ## the test suite (at most 15 minutes on two cores, ins
 
 test-long: $(VENV)/installed  ## the suites that take longer (drift over 1e5 steps, ...)
 	$(BIN)/python -m pytest -m "long" --timeout 3600 \
-		--ignore tests/faults --ignore tests/faults_data --ignore tests/faults_cluster --ignore tests/parallel
+		--ignore tests/faults --ignore tests/faults_data --ignore tests/faults_evals --ignore tests/faults_cluster --ignore tests/parallel
 
 test-parallel: $(VENV)/installed  ## tensor, context and data parallelism against one rank: the whole matrix, over gloo
 	$(BIN)/python -m pytest -m "(long or not long) and not gpu" tests/parallel --timeout 3600
@@ -39,6 +39,9 @@ test-faults: $(VENV)/installed  ## 200 random kills of the trainer and the rest 
 
 test-faults-data: $(VENV)/installed  ## readers killed 400 times while they download from a server that misbehaves
 	$(BIN)/python -m pytest -s -m "long or not long" tests/faults_data --timeout 1800
+
+test-faults-evals: $(VENV)/installed  ## reconcilers, evaluation workers and MLflow killed 62 times (at most 30 minutes)
+	$(BIN)/python -m pytest -s -m "long or not long" tests/faults_evals --timeout 1800
 
 test-faults-cluster: $(VENV)/installed  ## launchers, restarts and two hosts on this machine, ranks killed
 	$(BIN)/python -m pytest -m "long or not long" tests/faults_cluster --timeout 900

@@ -52,6 +52,12 @@ class Store(Protocol):
     def log_artifacts(self, run_id: str, result: dict[str, Any], picture: Path) -> None:
         """Store result.json and a picture."""
 
+    def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        """Say what data a run read; digest of at most 36 characters."""
+
+    def set_alias(self, model: str, alias: str, run_id: str, tags: dict[str, str]) -> None:
+        """Move an alias of a registered model to the version that stands for a run; makes what is missing."""
+
     def set_status(self, run_id: str, status: str) -> None:
         """RUNNING, FINISHED, KILLED or FAILED."""
 

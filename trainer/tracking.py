@@ -1,4 +1,4 @@
-"""MLflow: the metrics of log.jsonl, each exactly once, and the curves of evaluations.
+"""MLflow: the metrics of log.jsonl, each exactly once (evaluations: evaluation_tracking.py).
 
 The training run writes log.jsonl and nothing else; a thread here follows that file. So no fault of a tracking server
 can stop or slow a step, and what could not be sent is sent by whoever comes next: a resumed run or an evaluation.
@@ -8,6 +8,7 @@ first steps.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from longspan.trainer import recipes
 from longspan.trainer.config import RunConfig, TrackingConfig
-from longspan.trainer.metric_sender import MAX_BATCH, Metric, Sender, Store, TrackingState, exclusive, tracking_uri
+from longspan.trainer.metric_sender import Metric, Sender, Store, exclusive, tracking_uri
 
 MAX_PARAMS = 100  # MLflow's limit of parameters in one call
 POLL_SECONDS = 2.0
@@ -28,9 +29,7 @@ SETTLE_SECONDS = 5.0  # after the first log line: the first steps should not sha
 MAX_BACKOFF_SECONDS = 60.0
 SETUP_SECONDS = 30.0  # longest wait for another process that creates the same database
 LOCK = ".tracking.lock"
-KEY_TAG = "eval.key"
-PARENT_TAG = "mlflow.parentRunId"
-LOGGED = "_LOGGED"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of URIs that name no server
 
 
 class MlflowStore:
@@ -46,8 +45,9 @@ class MlflowStore:
         """
         for name, value in {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated request to create something may create it twice
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the command's
         }.items():
             os.environ.setdefault(name, value)
         from mlflow import entities
@@ -75,11 +75,19 @@ class MlflowStore:
 
     def find_or_create_run(self, tag: str, value: str, name: str, tags: dict[str, str], start_ms: int) -> str:
         """Id of the run whose `tag` is `value`."""
-        found = self._client.search_runs([self._experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-        run = self._client.create_run(self._experiment, start_time=start_ms, tags={**tags, tag: value}, run_name=name)
-        return str(run.info.run_id)
+        if not self._runs_with(tag, value):
+            self._client.create_run(self._experiment, start_time=start_ms, tags={**tags, tag: value}, run_name=name)
+        kept, *doubles = self._runs_with(tag, value)
+        for run_id in doubles:  # a server that was killed or slow may have created what its client gave up on
+            self._client.delete_run(run_id)
+        for missing in tags.items() - self._client.get_run(kept).data.tags.items():
+            self._client.set_tag(kept, *missing)
+        return kept
+
+    def _runs_with(self, tag: str, value: str) -> list[str]:
+        """Ids of all runs with this tag, in an order that everybody sees."""
+        found = self._client.search_runs([self._experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=10)
+        return sorted(str(run.info.run_id) for run in found)
 
     def highest_steps(self, run_id: str) -> dict[str, int] | None:
         """Highest step per metric name; None if there is no such run."""
@@ -114,6 +122,26 @@ class MlflowStore:
         self._client.log_dict(run_id, result, "result.json")
         self._client.log_artifact(run_id, str(picture))
 
+    def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        """Say what data a run read; the same again is harmless."""
+        entities = self._entities
+        dataset = entities.Dataset(name, digest, "local", json.dumps({"uri": source}))
+        context = entities.InputTag("mlflow.data.context", "evaluation")
+        self._client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
+
+    def set_alias(self, model: str, alias: str, run_id: str, tags: dict[str, str]) -> None:
+        """Move an alias of a registered model to the version that stands for a run; makes what is missing."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = [v for v in self._client.search_model_versions(f"name='{model}'") if v.run_id == run_id]
+        version = known[0] if known else self._client.create_model_version(model, f"runs:/{run_id}", run_id, tags)
+        self._client.set_registered_model_alias(model, alias, version.version)
+
     def set_status(self, run_id: str, status: str) -> None:
         """RUNNING, FINISHED, KILLED or FAILED."""
         if status == "RUNNING":
@@ -145,9 +173,10 @@ def _create_whole(database: Path) -> None:
 
 
 def open_store(run_dir: Path, config: TrackingConfig) -> Store:
-    """The store that a run's metrics go to; its artifacts lie beside the run unless a URI was configured."""
-    artifacts = None if config.uri else run_dir.absolute().parent / "mlflow-artifacts"
-    return MlflowStore(tracking_uri(run_dir, config), config.experiment, artifacts)
+    """The store that a run's metrics go to; its artifacts lie beside the run unless a server keeps them."""
+    uri = tracking_uri(run_dir, config)
+    is_database = uri.partition(":")[0].partition("+")[0] in DATABASES
+    return MlflowStore(uri, config.experiment, run_dir.absolute().parent / "mlflow-artifacts" if is_database else None)
 
 
 class Tracker:
@@ -215,7 +244,7 @@ class Tracker:
                 if self._stop.wait(self._poll_seconds):
                     return
             except Exception as error:
-                return self._warn(f"metrics are not sent to {self.uri} ({_brief(error)}); they stay in log.jsonl.")
+                return self._warn(f"metrics are not sent to {self.uri} ({brief(error)}); they stay in log.jsonl.")
 
     def _follow(self, sender: Sender) -> None:
         while not sender.has_content() and not self._stop.wait(self._poll_seconds):
@@ -239,7 +268,7 @@ class Tracker:
             self._failures += 1
             if self._failures == 1 and not self._abandoned.is_set():
                 self._warn(
-                    f"cannot reach the tracking store {self.uri} ({_brief(error)}). "
+                    f"cannot reach the tracking store {self.uri} ({brief(error)}). "
                     f"The run goes on; metrics stay in log.jsonl and are sent later: by this run when the store "
                     f"answers, by `longspan train --resume`, or by `longspan evaluate`."
                 )
@@ -266,105 +295,12 @@ def backfill(run_dir: Path, make_store: Callable[[], Store] | None = None) -> bo
     except TimeoutError:
         return False
     except Exception as error:
-        print(f"longspan: metrics of {run_dir} were not sent: {_brief(error)}", file=sys.stderr, flush=True)
+        print(f"longspan: metrics of {run_dir} were not sent: {brief(error)}", file=sys.stderr, flush=True)
         return False
     return True
 
 
-def log_evaluation(
-    run_dir: Path, result: dict[str, Any], picture: Path, make_store: Callable[[], Store] | None = None
-) -> bool:
-    """Log an evaluation: one MLflow run per key, and columns on the training run. Never raises.
-
-    The curve's metrics have step = context length; all points carry the checkpoint's time, so that logging again
-    changes nothing. A finished log leaves `_LOGGED` beside the picture; without it, log again.
-
-    Args:
-        run_dir: run directory of the evaluated checkpoint.
-        result: result.json.
-        picture: RUN/evals/KEY/curve.png.
-        make_store: another store than MLflow's.
-
-    Returns:
-        Whether MLflow has all of it.
-    """
-    if (picture.parent / LOGGED).exists():
-        return True
-    backfill(run_dir, make_store)
-    try:
-        config = recipes.load(RunConfig, run_dir / "config.yaml")
-        if not config.tracking.enabled:
-            return False
-        store = make_store() if make_store else open_store(run_dir, config.tracking)
-        state = TrackingState.read(run_dir, tracking_uri(run_dir, config.tracking), config.tracking.experiment)
-        with exclusive(picture.parent / LOCK, SETUP_SECONDS):
-            _log_evaluation(store, state.run_id, result, picture)
-        (picture.parent / LOGGED).touch()
-    except Exception as error:
-        print(
-            f"longspan: evaluation {result['key'][:8]} is not in the tracking store yet ({_brief(error)}); "
-            f"its result is complete in {picture.parent}.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return False
-    return True
-
-
-def _log_evaluation(store: Store, parent: str | None, result: dict[str, Any], picture: Path) -> None:
-    checkpoint, spec = result["checkpoint"], result["spec"]
-    time_ms = int(checkpoint["committed"] * 1000)
-    tags = {
-        "ckpt.step": str(checkpoint["step"]),
-        "ckpt.fingerprint": checkpoint["fingerprint"],
-        "eval.spec": spec["name"],
-        "dataset.digest": result["data"]["digest"][:32],
-        **({PARENT_TAG: parent} if parent else {}),
-    }
-    name = f"{checkpoint['run']} step {checkpoint['step']} {spec['name']}"
-    run_id = store.find_or_create_run(KEY_TAG, result["key"], name, tags, time_ms)
-    points = evaluation_points(result, time_ms)
-    for start in range(0, len(points), MAX_BATCH):
-        store.log(run_id, points[start : start + MAX_BATCH])
-    store.log_artifacts(run_id, result, picture)
-    store.set_status(run_id, "FINISHED")
-    if parent:
-        store.log(parent, evaluation_columns(result, time_ms))
-
-
-def evaluation_points(result: dict[str, Any], time_ms: int) -> list[Metric]:
-    """Curves over context length: constant names, step = context length (the longest true one for carried)."""
-    points: list[Metric] = []
-    curve = [(entry["mode"], entry["context_tokens"], entry) for entry in result["curve"]]
-    curve += [(mode, result[mode]["context_max"], result[mode]) for mode in ("carried", "swapped") if result[mode]]
-    for mode, length, entry in curve:
-        points += [
-            (f"ppl_vs_len/{mode}/{field}", float(entry[field]), time_ms, int(length))
-            for field in ("bits_per_byte", "ci_low", "ci_high")
-        ]
-    gain = result["memory_gain"]
-    if gain:
-        points += [
-            (f"memory_gain/{field}", float(gain[field]), time_ms, int(gain["context_tokens"]))
-            for field in ("bits_per_byte", "ci_low", "ci_high")
-        ]
-    return points
-
-
-def evaluation_columns(result: dict[str, Any], time_ms: int) -> list[Metric]:
-    """Sortable columns of the training run over training steps, e.g. `bits_per_byte_truncated/ctx_00001024`."""
-    step = int(result["checkpoint"]["step"])
-    entries = [(entry["mode"], entry["context_tokens"], entry) for entry in result["curve"]]
-    entries.append(("carried", result["carried"]["context_max"], result["carried"]))
-    columns = [
-        (f"bits_per_byte_{mode}/ctx_{length:08d}", float(entry["bits_per_byte"]), time_ms, step)
-        for mode, length, entry in entries
-    ]
-    if result["memory_gain"]:
-        columns.append(("memory_gain/bits_per_byte", float(result["memory_gain"]["bits_per_byte"]), time_ms, step))
-    return columns
-
-
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """An error in one line, without the SQL statements that a store adds."""
     text = " ".join(str(error).split()).split(" [SQL: ")[0]
     return f"{type(error).__name__}: {text[:200]}"

@@ -15,6 +15,7 @@ class FakeStore:
         self.reachable = True
         self.fail_after: int | None = None  # calls of `log` that still work
         self.calls = 0
+        self.aliases: dict[tuple[str, str], tuple[str, dict[str, str]]] = {}
 
     def open(self) -> FakeStore:
         self._check()
@@ -63,6 +64,15 @@ class FakeStore:
     def log_artifacts(self, run_id: str, result: dict[str, Any], picture: Path) -> None:
         self._check()
         self.runs[run_id]["artifacts"].update({"result.json": result, picture.name: picture.read_bytes()})
+
+    def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        self._check()
+        assert len(digest) <= 36
+        self.runs[run_id]["datasets"] = {(name, digest, source)}
+
+    def set_alias(self, model: str, alias: str, run_id: str, tags: dict[str, str]) -> None:
+        self._check()
+        self.aliases[model, alias] = (run_id, tags)
 
     def set_status(self, run_id: str, status: str) -> None:
         self._check()

@@ -12,7 +12,8 @@ from longspan.trainer.checkpoint.files import check_file
 from longspan.trainer.checkpoint.manifest import COMMITTED, read_manifest
 from longspan.trainer.checkpoint.verify import CHECKPOINTS, fingerprint
 from longspan.trainer.config import RunConfig
-from longspan.trainer.evaluation.spec import EvaluationSpec, evaluation_key
+from longspan.trainer.evaluation.spec import evaluation_key
+from longspan.trainer.evaluation.specs import Spec, TaskSpec
 from longspan.trainer.shards import read_manifest as read_corpus_manifest
 
 CONFIG = "config.yaml"
@@ -21,6 +22,8 @@ RESULT = "result.json"
 CURVE = "curve.png"
 SUCCESS = "_SUCCESS"
 LOGGED = "_LOGGED"
+WORK = "work"
+LEASES = "leases"
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -41,6 +44,11 @@ def evals_folder(checkpoint: Path) -> Path:
     return run / EVALS
 
 
+def work_folder(evals: Path, key: str) -> Path:
+    """Where the finished shards of an unfinished evaluation lie; `evals` is RUN/evals."""
+    return evals / WORK / key
+
+
 def commit_time(checkpoint: Path) -> float:
     """When the checkpoint was published, unix seconds."""
     return (checkpoint / COMMITTED).stat().st_mtime
@@ -54,7 +62,17 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def key_of(checkpoint: Path, spec: EvaluationSpec) -> str:
+def read_results(evals: Path, spec: Spec) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and result of every evaluation with this spec that is done; `evals` is RUN/evals."""
+    found = []
+    for success in sorted(evals.glob(f"[!.]*/{SUCCESS}")):  # unpublished ones begin with a dot
+        result = read_result(success.parent)
+        if result is not None and result["spec_digest"] == spec.digest:
+            found.append((success.parent, result))
+    return found
+
+
+def key_of(checkpoint: Path, spec: Spec) -> str:
     """The key that `evaluate` will use, without reading weights.
 
     Raises:
@@ -66,5 +84,7 @@ def key_of(checkpoint: Path, spec: EvaluationSpec) -> str:
     manifest = read_manifest(checkpoint)[0]
     check_file(checkpoint, CONFIG, manifest.files[CONFIG], manifest.chunk_bytes)
     config = recipes.load(RunConfig, checkpoint / CONFIG)
+    if isinstance(spec, TaskSpec):
+        return evaluation_key(mark, spec, spec.dataset_digest)
     corpus = read_corpus_manifest(spec.shards or config.data.shards, config.data)
     return evaluation_key(mark, spec, corpus.digest)

@@ -1,64 +1,59 @@
 """Bring evaluations up to date: every committed checkpoint has one result per spec.
 
-Desired: committed checkpoints. Observed: `_SUCCESS`, leases, failures. What is missing runs as Ray jobs, newest
-checkpoint first. Calling this again is always safe; it does only what is still to do.
+Desired: committed checkpoints x specs. Observed: `_SUCCESS`, leases, failures. What is missing is pinned at once, so
+that no pruning takes it before its turn, and evaluated newest first. Calling this again is always safe; it does
+only what is still to do, and several may do it at once.
 
-    RUN/evals/KEY/_SUCCESS      the result is whole          RUN/evals/KEY/_LOGGED     MLflow has it
-    RUN/evals/leases/KEY        somebody works on it now     RUN/evals/failed/KEY.json why there is no result
+    RUN/evals/KEY/_SUCCESS      the result is whole          RUN/evals/KEY/_LOGGED       MLflow has it
+    RUN/evals/leases/KEY        somebody works on it now     RUN/evals/failed/KEY.json   why there is no result
+    RUN/evals/work/KEY/         finished shards              RUN/evals/events.jsonl      what happened
 """
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longspan.cluster.evaljobs import Command, Outcome, run_commands
-from longspan.errors import EXIT_FAULT, EXIT_USAGE, CheckpointError, ConfigError, UsageError
+from longspan.cluster.actor_pool import Shape, run_pool
+from longspan.cluster.ray_local import ray_session
+from longspan.errors import EXIT_FAULT, LongspanError, UsageError
+from longspan.trainer.checkpoint.awaited import await_new_ones
 from longspan.trainer.checkpoint.manifest import committed_folders
 from longspan.trainer.checkpoint.verify import CHECKPOINTS, pin, unpin
-from longspan.trainer.evaluation.folders import CURVE, EVALS, LOGGED, key_of, read_result
-from longspan.trainer.evaluation.lease import Lease
-from longspan.trainer.evaluation.spec import EvaluationSpec
-from longspan.trainer.tracking import log_evaluation
+from longspan.trainer.evaluation import alert, failures
+from longspan.trainer.evaluation.best import follow
+from longspan.trainer.evaluation.events import note as note_event
+from longspan.trainer.evaluation.folders import EVALS, LEASES, key_of, read_result, work_folder
+from longspan.trainer.evaluation.lease import Keeper
+from longspan.trainer.evaluation.queue import Job, Queue
+from longspan.trainer.evaluation.sink import Sink
+from longspan.trainer.evaluation.specs import Spec
+from longspan.trainer.evaluation.worker import EvaluationWorker
+from longspan.trainer.evaluation_tracking import move_best
 
-MAX_ATTEMPTS = 3
-FINAL_EXIT_CODES = (EXIT_USAGE, EXIT_FAULT)  # the command looked at its inputs and said no: it will again
 
+@dataclass(frozen=True)
+class Place:
+    """Where evaluations run.
 
-@dataclass
-class Job:
-    """One (checkpoint, spec) without a result."""
+    Attributes:
+        address: of a Ray cluster that runs; None: one of this process's own.
+        shape: workers, and what each of them claims.
+    """
 
-    run: Path
-    checkpoint: Path
-    key: str
-    lease: Lease | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the result goes."""
-        return self.run / EVALS / self.key
-
-    @property
-    def failure(self) -> Path:
-        """Where a failure is noted."""
-        return self.run / EVALS / "failed" / f"{self.key}.json"
-
-    @property
-    def pin_owner(self) -> str:
-        """Under which name the checkpoint is kept from being pruned."""
-        return f"eval-{self.key}"
+    address: str | None
+    shape: Shape
 
 
 @dataclass
 class Report:
-    """What one pass saw and did; entries are checkpoint paths."""
+    """What one pass saw and did; entries are checkpoint paths, of failures also key, reason, attempts."""
 
     submitted: list[str] = field(default_factory=list)
     evaluated: list[str] = field(default_factory=list)
@@ -67,161 +62,202 @@ class Report:
     failed: list[dict[str, Any]] = field(default_factory=list)
     failed_before: list[dict[str, Any]] = field(default_factory=list)
     not_logged: list[str] = field(default_factory=list)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
 
 
 def reconcile(
     runs: Sequence[Path],
-    spec: EvaluationSpec,
+    specs: Sequence[Spec],
+    place: Place,
     *,
-    slots: int,
-    gpus: int = 0,
+    rule: alert.Rule | None = None,
+    stopped: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda message: print(message, file=sys.stderr, flush=True),
+    worker: type = EvaluationWorker,
 ) -> Report:
     """One pass over all checkpoints of `runs`.
 
     Args:
         runs: run directories.
-        spec: what to measure.
-        slots: evaluations at once.
-        gpus: GPUs of this machine.
+        specs: what to measure.
+        place: where.
+        rule: when to raise an alert, and how.
+        stopped: asked before anything new begins.
         note: told about progress.
+        worker: class of the workers.
 
     Raises:
-        UsageError: a path is no run directory, or its shards are missing; nothing was submitted.
-        ClusterError: Ray does not start.
+        UsageError: a path is no run directory; nothing was submitted.
+        ClusterError, SecurityError: Ray does not start, does not answer or has no room; nothing is lost.
     """
-    report = Report()
-    jobs = [job for run in runs for job in _missing(run, spec, report)]
-    held = {job.key: job for job in jobs if _claim(job, report)}
-    if not held:
-        return report
-    report.submitted = [str(job.checkpoint) for job in held.values()]
-    note(f"submitting {len(held)} evaluations to a local Ray cluster, {slots} at once")
-    threads = max(1, len(os.sched_getaffinity(0)) // slots)
-    commands = [_command(job, spec, threads) for job in held.values()]
-
-    def done(outcome: Outcome) -> None:
-        job = held.pop(outcome.name)
-        _finish(job, outcome, report)
-        note(f"{job.checkpoint.name}: {outcome.seconds:.0f} s, {len(held)} left")
-
-    def tick() -> None:
-        for job in held.values():
-            assert job.lease is not None
-            job.lease.renew()
-
-    try:
-        run_commands(commands, slots=slots, gpus=gpus, on_done=done, on_tick=tick)
-    finally:
-        for job in held.values():
-            _let_go(job)
-    return report
-
-
-def _missing(run: Path, spec: EvaluationSpec, report: Report) -> list[Job]:
-    """Checkpoints of a run without a result, newest first; logs results that MLflow does not have yet."""
-    if not (run / CHECKPOINTS).is_dir():
-        raise UsageError(f"{run} is no run directory: there is no {CHECKPOINTS} folder in it.")
-    jobs = []
-    for checkpoint in reversed(committed_folders(run / CHECKPOINTS)):
+    for run in runs:
+        if not (run / CHECKPOINTS).is_dir():
+            raise UsageError(f"{run} is no run directory: there is no {CHECKPOINTS} folder in it.")
+    with Keeper() as leases:
+        this = _Pass(leases, note)
         try:
-            job = Job(run, checkpoint, key_of(checkpoint, spec))
-        except (CheckpointError, ConfigError) as error:
-            _note_failure(Job(run, checkpoint, f"unreadable-{checkpoint.name}"), str(error), EXIT_FAULT, report)
-            continue
-        if read_result(job.folder) is not None:
-            report.already_evaluated.append(str(checkpoint))
-            unpin(checkpoint, job.pin_owner)  # left by a reconciler that was killed
-            _log(job, report)
-            continue
-        known = _read_failure(job)
-        if known and (known["exit_code"] in FINAL_EXIT_CODES or known["attempts"] >= MAX_ATTEMPTS):
-            report.failed_before.append(known)
-            continue
-        jobs.append(job)
-    return jobs
+            jobs = [job for run in runs for spec in specs for job in this.observe(run / EVALS, spec)]
+            if jobs:
+                this.run(jobs, place, worker, stopped)
+        finally:
+            this.close(runs, specs)
+        if rule is not None:
+            for run in runs:
+                for spec in specs:
+                    this.report.alerts += alert.check(run / EVALS, spec, rule, note)
+    return this.report
 
 
-def _claim(job: Job, report: Report) -> bool:
-    """Take the lease and pin the checkpoint; False if somebody else is at it, or the checkpoint is gone."""
-    job.lease = Lease.take(job.run / EVALS / "leases" / job.key)
-    if job.lease is None:
-        report.in_progress_elsewhere.append(str(job.checkpoint))
-        return False
-    if read_result(job.folder) is not None:  # finished between our look and our lease
-        report.already_evaluated.append(str(job.checkpoint))
-        job.lease.release()
-        return False
-    try:
-        pin(job.checkpoint, job.pin_owner)
-    except UsageError:
-        job.lease.release()
-        return False
-    return True
+class _Pass:
+    """One pass: what it holds, and what it has to tell."""
+
+    def __init__(self, leases: Keeper, note: Callable[[str], None]) -> None:
+        self.report = Report()
+        self._leases = leases
+        self._note = note
+        self._sink = Sink()
+
+    def observe(self, evals: Path, spec: Spec) -> list[Job]:
+        """Jobs for the checkpoints of a run without a result, newest first; each is pinned. Logs what is not logged."""
+        jobs = []
+        await_new_ones(evals.parent / CHECKPOINTS, pin_owner(spec))
+        for checkpoint in reversed(committed_folders(evals.parent / CHECKPOINTS)):
+            try:
+                job = Job(evals, checkpoint, spec, key_of(checkpoint, spec))
+            except LongspanError as error:
+                self._fail_unkeyed(evals, checkpoint, spec, error)
+                continue
+            known = failures.read_failure(evals, job.key)
+            if read_result(evals / job.key) is not None:
+                self._settle(job)
+            elif known is not None and known.is_final:
+                self.report.failed_before.append(asdict(known))
+                unpin(checkpoint, pin_owner(spec))
+            elif self._pin(job):
+                job.attempt = known.attempts + 1 if known else 1
+                jobs.append(job)
+        return jobs
+
+    def run(self, jobs: list[Job], place: Place, worker: type, stopped: Callable[[], bool]) -> None:
+        """Evaluate what nobody else does; without Ray if that is nothing."""
+        first = next((number for number, job in enumerate(jobs) if self._claim(job)), None)
+        if first is None:
+            return
+        where = f"the Ray cluster at {place.address}" if place.address else "a local Ray cluster"
+        shape = place.shape
+        self._note(f"up to {len(jobs) - first} evaluations to do on {where}, {shape.workers} workers")
+        queue = Queue(
+            jobs[first + 1 :],
+            begun=jobs[first],
+            claim=self._claim,
+            evaluated=self._evaluated,
+            failed=self._failed,
+            is_lost=self._is_lost,
+            stopped=stopped,
+        )
+        with ray_session(place.address, shape.workers * shape.cpus, shape.workers * shape.gpus) as ray:
+            run_pool(ray, worker, shape, queue)
+
+    def close(self, runs: Sequence[Path], specs: Sequence[Spec]) -> None:
+        """Wait for MLflow; name the best checkpoints there, if it has what was sent."""
+        self.report.not_logged = sorted(str(evals / key) for evals, key in self._sink.close())
+        if not self.report.not_logged:
+            for run in runs:
+                for spec in specs:
+                    follow(run / EVALS, spec, partial(move_best, run))
+
+    def _claim(self, job: Job) -> bool:
+        """Whether this pass does the job: nobody else is at it or has done it, and the checkpoint is still there."""
+        if not self._leases.take(job.key, job.evals / LEASES / job.key):
+            self.report.in_progress_elsewhere.append(str(job.checkpoint))
+            return False
+        known = failures.read_failure(job.evals, job.key)
+        done, refused = read_result(job.evals / job.key) is not None, known is not None and known.is_final
+        if done or refused or not self._pin(job):  # somebody was faster
+            if done:
+                self._settle(job)
+            self._leases.release(job.key)
+            return False
+        self.report.submitted.append(str(job.checkpoint))
+        note_event(job.evals, "claimed", job.key, name=job.name)
+        return True
+
+    def _evaluated(self, job: Job) -> None:
+        """Believe the result's `_SUCCESS` alone."""
+        if read_result(job.evals / job.key) is None:
+            self._failed(job, "ended without a result", None, False)
+            return
+        note_event(job.evals, "evaluated", job.key, name=job.name)
+        self.report.evaluated.append(str(job.checkpoint))
+        failures.forget_failure(job.evals, job.key)
+        self._let_go(job)
+        self._sink.add(job.evals, job.key)
+        self._note(f"{job.name}: {time.monotonic() - job.started:.0f} s")
+
+    def _failed(self, job: Job, reason: str, exit_code: int | None, transient: bool) -> None:
+        failure = failures.note_failure(
+            job.evals,
+            job.key,
+            checkpoint=job.checkpoint,
+            spec=job.spec.name,
+            reason=reason,
+            exit_code=exit_code,
+            transient=transient,
+        )
+        note_event(job.evals, "failed", job.key, name=job.name, reason=reason[:500])
+        self.report.failed.append(asdict(failure))
+        if failure.is_final:
+            self._let_go(job)
+        else:
+            self._leases.release(job.key)  # stays pinned for the next try
+        self._note(f"{job.name}: failed: {reason.strip().splitlines()[-1] if reason.strip() else 'no reason given'}")
+
+    def _fail_unkeyed(self, evals: Path, checkpoint: Path, spec: Spec, error: LongspanError) -> None:
+        """A checkpoint whose key cannot be made: damaged for good, or its corpus is not there at the moment."""
+        key = failures.unkeyed(spec.digest, checkpoint.name)
+        known = failures.read_failure(evals, key)
+        if known is not None and known.is_final:
+            self.report.failed_before.append(asdict(known))
+            return
+        damaged = error.exit_code == EXIT_FAULT
+        failure = failures.note_failure(
+            evals,
+            key,
+            checkpoint=checkpoint,
+            spec=spec.name,
+            reason=str(error),
+            exit_code=error.exit_code,
+            transient=not damaged,
+        )
+        self.report.failed.append(asdict(failure))
+
+    def _settle(self, job: Job) -> None:
+        """A result that is there: clear up what a killed process left, and log it if that was not done."""
+        self.report.already_evaluated.append(str(job.checkpoint))
+        unpin(job.checkpoint, pin_owner(job.spec))
+        failures.forget_failure(job.evals, job.key)
+        for left in (work_folder(job.evals, job.key), *job.evals.glob(f".tmp-{job.key}-*")):
+            shutil.rmtree(left, ignore_errors=True)
+        self._sink.add(job.evals, job.key)
+
+    def _pin(self, job: Job) -> bool:
+        try:
+            pin(job.checkpoint, pin_owner(job.spec))
+        except UsageError:  # pruned just now
+            return False
+        return True
+
+    def _let_go(self, job: Job) -> None:
+        unpin(job.checkpoint, pin_owner(job.spec))
+        self._leases.release(job.key)
+
+    def _is_lost(self, job: Job) -> bool:
+        lost = self._leases.is_lost(job.key)
+        if lost:
+            note_event(job.evals, "lost", job.key, name=job.name)
+        return lost
 
 
-def _command(job: Job, spec: EvaluationSpec, threads: int) -> Command:
-    argv = (
-        sys.executable,
-        "-m",
-        "longspan.trainer.evaluation.job",
-        str(job.checkpoint.absolute()),
-        spec.model_dump_json(),
-        str(job.folder.parent.absolute()),
-    )
-    return Command(job.key, argv, {"OMP_NUM_THREADS": str(threads)})
-
-
-def _finish(job: Job, outcome: Outcome, report: Report) -> None:
-    """Believe the result's `_SUCCESS` alone; note anything else as a failure."""
-    if read_result(job.folder) is not None:
-        report.evaluated.append(str(job.checkpoint))
-        job.failure.unlink(missing_ok=True)
-        _log(job, report)
-    else:
-        reason = outcome.reason or outcome.output.strip() or f"ended with exit code {outcome.exit_code} and no result"
-        _note_failure(job, reason, outcome.exit_code, report)
-    _let_go(job)
-
-
-def _let_go(job: Job) -> None:
-    unpin(job.checkpoint, job.pin_owner)
-    if job.lease is not None:
-        job.lease.release()
-
-
-def _log(job: Job, report: Report) -> None:
-    if (job.folder / LOGGED).exists():
-        return
-    result = read_result(job.folder)
-    assert result is not None
-    if not log_evaluation(job.run, result, job.folder / CURVE):
-        report.not_logged.append(str(job.checkpoint))
-
-
-def _read_failure(job: Job) -> dict[str, Any] | None:
-    try:
-        known: dict[str, Any] = json.loads(job.failure.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return known
-
-
-def _note_failure(job: Job, reason: str, exit_code: int | None, report: Report) -> None:
-    known = _read_failure(job)
-    failure = {
-        "checkpoint": str(job.checkpoint),
-        "key": job.key,
-        "exit_code": exit_code,
-        "attempts": (known["attempts"] if known else 0) + 1,
-        "time": time.time(),
-        "reason": reason,
-    }
-    if known and known["exit_code"] in FINAL_EXIT_CODES:
-        report.failed_before.append(known)
-        return
-    job.failure.parent.mkdir(parents=True, exist_ok=True)
-    temporary = job.failure.with_suffix(".tmp")
-    temporary.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(job.failure)
-    report.failed.append(failure)
+def pin_owner(spec: Spec) -> str:
+    """Under which name a checkpoint that waits for this spec is kept from being pruned."""
+    return f"eval-{spec.digest}"

@@ -1,0 +1,54 @@
+"""`longspan evals status`: what each checkpoint's evaluation has come to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from longspan.trainer.commands.evals_reconcile import read_specs
+
+HEADINGS = ("run", "step", "spec", "state", "bits/byte", "logged")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; changes nothing.
+
+    Returns:
+        `evaluations`: run, step, spec, key, state, bits_per_byte, logged, attempts, reason; `counts` by state.
+
+    Raises:
+        ConfigError, UsageError: a spec is wrong, or a path is no run directory.
+    """
+    specs = read_specs(args)
+    from longspan.trainer.evaluation.status import entries
+
+    found = [entry for name in args.runs for spec in specs for entry in entries(Path(name), spec)]
+    counts: dict[str, int] = {}
+    for entry in found:
+        counts[entry["state"]] = counts.get(entry["state"], 0) + 1
+    if not args.json:
+        print(_table(found))
+        print(", ".join(f"{state}: {count}" for state, count in counts.items()) or "No committed checkpoint yet.")
+    return {"evaluations": found, "counts": counts}
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    rows = [HEADINGS] + [
+        (
+            entry["run"],
+            str(entry["step"]),
+            entry["spec"],
+            entry["state"],
+            "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f}",
+            "yes" if entry["logged"] else "no",
+        )
+        for entry in found
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = []
+    for row, entry in zip(rows, [None, *found], strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        reason = entry["reason"].strip().splitlines() if entry and entry["reason"] else []
+        lines.append(f"{line}  {reason[0][:120]}" if reason else line)
+    return "\n".join(lines)
