@@ -79,9 +79,9 @@ def test_wrong_numbers_are_refused(text: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_wrong_restrictions_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--only", "pp=2", "--only", "zero_stage=4", "--only", "activation_checkpointing=all"]
-    message = failure(capsys, MODEL, "--gpus", "8", *options)
-    assert "3 problems" in message
+    options = ["pp=2", "zero_stage=4", "activation_checkpointing=all", "offload_optimizer=maybe"]
+    message = failure(capsys, MODEL, "--gpus", "8", *(word for option in options for word in ("--only", option)))
+    assert "4 problems" in message
     assert "axes: dp, cp, tp" in message
 
 
@@ -127,6 +127,19 @@ def test_every_layout_uses_all_gpus_and_lanes() -> None:
         assert layout.micro_batch_lanes % layout.state_slices == 0
         assert layout.cp > 1 or layout.state_slices == 1
     assert {layout.zero_stage for layout in found} == {1, 2, 3}
+
+
+def test_the_host_takes_what_does_not_fit() -> None:
+    """A model whose fp32 state alone is more than a GPU has; offloading is tried where the rest does not fit."""
+    large = job(1, 4096, dim=8192, num_heads=64, ffn_dim=32_768)
+    ranked = Planner(large, HARDWARE).ranked(1, {})
+    assert {one.layout.offload_optimizer for one in ranked} == {False, True}
+    gained = [one.memory_gib for one in ranked if one.layout.offload_optimizer]
+    assert min(gained) < min(one.memory_gib for one in ranked if not one.layout.offload_optimizer)
+    assert not any(one.layout.offload_optimizer for one in Planner(job(), HARDWARE).ranked(1, {}) if one.layout.cp > 1)
+    asked = layouts(job(), 8, {"offload_optimizer": ("true",)})
+    assert asked and all(layout.offload_optimizer and layout.zero_stage for layout in asked)
+    assert not any(layout.offload_optimizer for layout in layouts(job(), 8))
 
 
 def seconds(layout: Layout, of: Job, hardware: object = HARDWARE) -> float:

@@ -19,7 +19,14 @@ from longspan.trainer.plan.links import Group, collective_seconds, hop_seconds, 
 from longspan.trainer.plan.memory import plan_memory
 from longspan.trainer.plan.parameters import total_parameters
 from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.traffic import ends_sums, halo_rows, layer_messages, whole_state_bytes
+from longspan.trainer.plan.timing import update_seconds
+from longspan.trainer.plan.traffic import (
+    ends_sums,
+    halo_rows,
+    kept_message_bytes,
+    layer_messages,
+    whole_state_bytes,
+)
 from longspan.trainer.recipes import read_recipe
 
 LINKS = load_hardware("h100").links
@@ -172,6 +179,34 @@ def test_zero_divides_memory() -> None:
     assert one.optimizer == three.optimizer == 1.5 * parameters
     assert one.weights == 2 * parameters + 2 * parameters  # and the bucket
     assert three.weights == pytest.approx(2 * parameters / 8 + 4 * parameters)  # those in use: all, it is a small model
+
+
+def test_what_was_received_is_kept_where_layers_are_computed_again() -> None:
+    """Two ranks, one row: twelve halos of 512 keys, values and flags, and a state of 512 x 1024 in fp32."""
+    for policy in ("mixer", "layer"):
+        alone, shared = (plan_memory(setting(1, 65_536, checkpointing=policy, cp=cp)) for cp in (1, 2))
+        extra = shared.total - alone.total
+        # at the peak some layers' messages may be gone already
+        assert 0 < extra <= 12 * 512 * 2049 * 2 + 512 * 1024 * 4
+    assert kept_message_bytes(setting(1, 65_536, cp=2), BlockRecurrentConfig()) == 512 * 2049 * 2 + 512 * 1024 * 4
+    assert kept_message_bytes(setting(1, 4096, cp=4), LinearAttentionConfig()) == 4 * (8 * 128 * 129 + 1) * 4
+    assert kept_message_bytes(setting(1, 4096, cp=4), FullAttentionConfig()) == 0
+    whole = plan_memory(setting(1, 65_536, cp=2)).total
+    assert whole == plan_memory(setting(1, 65_536)).total
+
+
+def test_offloaded_optimizer() -> None:
+    """193,362,040 parameters over 8 ranks: no fp32 of them on the GPU; the update goes over the host's memory."""
+    on, off = (setting(1, 4096, shards=8, offload_optimizer=offload, micro_batches=3) for offload in (False, True))
+    assert plan_memory(on).optimizer == 1.5 * 193_362_040
+    assert plan_memory(off).optimizer == 0
+    hardware = load_hardware("h100")
+    rates = hardware.offload
+    share = 193_362_040 / 8
+    moved = (3 + 1) * 2 * share / (rates.link_gigabytes_per_second * 1e9)
+    want = moved + 40 * share / (rates.update_gigabytes_per_second * 1e9)
+    assert update_seconds(off, hardware, 193_362_040) == pytest.approx(want)
+    assert want > 10 * update_seconds(on, hardware, 193_362_040)
 
 
 def test_tensor_parallel_memory_shrinks() -> None:

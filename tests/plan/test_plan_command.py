@@ -129,3 +129,10 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a recipe is a mapping" in failure(capsys, str(tmp_path / "list.yaml"))
     (tmp_path / "model.yaml").write_text("model: 3")
     assert "input should be a section with fields" in failure(capsys, str(tmp_path / "model.yaml"), "--vocab-size", "9")
+
+
+def test_an_offloaded_optimizer_takes_no_memory_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "parallel.zero_stage=1", "--set", "parallel.offload_optimizer=true"]
+    result = plan(capsys, "configs/quickstart.yaml", *changes)
+    assert result["memory"]["optimizer"] == 0
+    assert any("host's memory" in line for line in result["assumptions"])

@@ -24,7 +24,7 @@ TINY = {
     "dropout": 0.0,
 }
 RECURRENT = {"mixer": "block_recurrent", "num_states": 16}
-SHORT, LONG = 32, 96
+SHORT, LONG = 16, 48
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts tensors of the CPU")
 
@@ -59,9 +59,9 @@ def kept_bytes(config: ModelConfig, policy: str, length: int) -> int:
         ([{"mixer": "sliding_window"}], "mixer"),
         ([{"mixer": "sliding_window", "repeat": 2}], "layer"),
         ([RECURRENT], "none"),
-        ([RECURRENT], "mixer"),
+        pytest.param([RECURRENT], "mixer", marks=pytest.mark.long),
         ([RECURRENT], "layer"),
-        ([RECURRENT | {"gate": "lstm"}], "none"),
+        pytest.param([RECURRENT | {"gate": "lstm"}], "none", marks=pytest.mark.long),
     ],
     ids=[
         "window",

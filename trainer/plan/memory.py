@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from longspan.modeling.config import (
     BlockRecurrentConfig,
     FullAttentionConfig,
     LinearAttentionConfig,
+    ModelConfig,
     RecurrentMemoryConfig,
     SlidingWindowConfig,
 )
@@ -68,7 +70,7 @@ def plan_memory(setting: Setting) -> Memory:
     repeats = [layer.repeat for layer in config.layers]
     kept = _repeated([sum(saved(setting, layer).values()) for layer in config.layers], repeats)
     # grads of weights are held from step to step when several micro-batches add to them
-    counts = [sum(layer_parameters(config, layer, setting.tp).values()) for layer in config.layers]
+    counts = [_layer_count(config, layer, setting.tp) for layer in config.layers]
     gradient_of = _repeated([element * count for count in counts], repeats)
     workspaces = _repeated([backward_workspace(setting, layer) for layer in config.layers], repeats)
     parameters = total_parameters(config, setting.tp)
@@ -98,6 +100,11 @@ def plan_memory(setting: Setting) -> Memory:
     return memory
 
 
+@lru_cache(maxsize=256)
+def _layer_count(config: ModelConfig, layer: object, tp: int) -> int:
+    return sum(layer_parameters(config, layer, tp).values())
+
+
 def _repeated(values: list[float], repeats: list[int]) -> list[float]:
     """One value a layer from one an entry of the configuration."""
     return [value for value, repeat in zip(values, repeats, strict=True) for _ in range(repeat)]
@@ -120,6 +127,7 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
             "after the mixer": row,
             "normalised for the FFN": row,
             "FFN hidden": int(tokens * config.ffn_dim * element),
+            "bits of the ReLU": int(tokens * config.ffn_dim / 8),
         }
     )
     if setting.checkpointing == "mixer":
@@ -290,8 +298,8 @@ def optimizer_bytes(setting: Setting) -> tuple[float, float]:
     """(bytes kept from step to step, further bytes while it updates) on one device.
 
     bf16 runs in ZeRO 1 to 3, which keep fp32 masters and moments of this device's share of the parameters and convert
-    the gradients to fp32 for the update. Adafactor keeps a first moment and, of matrices, two vectors. Offloaded, all of
-    it is in the host's memory.
+    the gradients to fp32 for the update. Adafactor keeps a first moment and, of matrices, two vectors. Offloaded, all
+    of it is in the host's memory.
     """
     if setting.offload_optimizer:
         return 0.0, 0.0

@@ -17,6 +17,7 @@ ASSUMED = (
     "all ranks have the same work; hosts are full and follow one another in the order tensor, context, data parallel",
     "gradients are summed after the backward pass at stages 0 to 2, beside it at stage 3, as DeepSpeed is configured",
     "neighbours wait for each other at every halo, all ranks of a sequence where the state after a segment is shared",
+    "recomputation sends a ring's blocks and tensor-parallel sums again, nothing else; what was received is kept",
     "memory of ZeRO's buffers and of several ranks has not been compared with a measurement",
 )
 
@@ -91,8 +92,12 @@ def make_parallel_plan(
         "links": hardware.links.model_dump(),
         "points": points,
         "measured": [_measured(setting, hardware, step) for step in comparable(setting, hardware)],
-        "assumptions": [*ASSUMED, f"not measured yet of the links: {hardware.links.estimate}"],
+        "assumptions": [*ASSUMED, f"not measured yet of the links: {hardware.links.estimate}", _offload_note(hardware)],
     }
+
+
+def _offload_note(hardware: Hardware) -> str:
+    return f"offloading the optimizer, tried where a layout does not fit otherwise: {hardware.offload.source}"
 
 
 def _measured(setting: Setting, hardware: Hardware, step: Any) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def parallel_text(plan: dict[str, Any]) -> str:
     points = plan["points"]
     shown = {1: SHOWN, 2: 4, 3: 3}.get(len(points), 1)
     header = (
-        f"{'GPUs':>5}{'dp':>5}{'cp':>4}{'tp':>4}{'ZeRO':>5}{'slices':>7}{'again':>7}{'rows':>5}{'micro':>6}"
+        f"{'GPUs':>5}{'dp':>5}{'cp':>4}{'tp':>4}{'ZeRO':>5}{'slices':>7}{'again':>7}{'offl.':>6}{'rows':>5}{'micro':>6}"
         f"{'tokens/s':>14}{'step ms':>10}{'simulated':>10}{'eff.':>6}{'GiB':>7}"
     )
     lines = ["", f"Layouts by predicted tokens/s, segments of {plan['segment_tokens']:,} tokens", header]
@@ -122,7 +127,8 @@ def parallel_text(plan: dict[str, Any]) -> str:
             simulated = layout["simulated_seconds"]
             lines.append(
                 f"{point['gpus']:>5}{layout['dp']:>5}{layout['cp']:>4}{layout['tp']:>4}{layout['zero_stage']:>5}"
-                f"{layout['state_slices']:>7}{layout['activation_checkpointing']:>7}{layout['micro_batch_lanes']:>5}"
+                f"{layout['state_slices']:>7}{layout['activation_checkpointing']:>7}"
+                f"{'yes' if layout['offload_optimizer'] else 'no':>6}{layout['micro_batch_lanes']:>5}"
                 f"{layout['micro_batches']:>6}{layout['tokens_per_second']:>14,.0f}{1e3 * layout['seconds']:>10.1f}"
                 f"{f'{1e3 * simulated:.1f}' if simulated is not None else '':>10}{layout['efficiency']:>6.2f}"
                 f"{layout['memory_gib']:>7.1f}{'' if layout['fits'] else '  does not fit'}"

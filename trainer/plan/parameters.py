@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig, SlidingWindowConfig
 from longspan.modeling.flops import divided
@@ -27,6 +28,7 @@ def count_parameters(config: ModelConfig, tp: int = 1) -> dict[str, int]:
     return dict(total)
 
 
+@lru_cache(maxsize=256)
 def total_parameters(config: ModelConfig, tp: int = 1) -> int:
     """All parameters of one of `tp` tensor-parallel ranks, the tied embedding once."""
     return sum(count_parameters(config, tp).values())

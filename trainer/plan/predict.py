@@ -111,9 +111,9 @@ def chain_seconds(work: Work, group: Group, links: LinkRates) -> float:
     """Waits of one micro-batch for states and their gradients.
 
     R ranks in M slices take 1 + (R-1)/M times one rank's chain, and R-1 messages on the way; what runs beside the chain
-    fills that. A chain waits so when all ranks begin it together. A second one of the same pass finds its ranks staggered
-    by the first, as it wants them, except where the halos of k layers between have brought k neighbours back into step,
-    or stage 3's gathers, which all ranks join, all of them. Recomputation waits for nobody.
+    fills that. A chain waits so when all ranks begin it together. A second one of the same pass finds its ranks
+    staggered by the first, as it wants them, except where the halos of k layers between have brought k neighbours back
+    into step, or stage 3's gathers, which all ranks join, all of them. Recomputation waits for nobody.
     """
     if group.size == 1:
         return 0.0
@@ -123,8 +123,10 @@ def chain_seconds(work: Work, group: Group, links: LinkRates) -> float:
         total = 0.0
         for layer, share in _in_step(layers, group.size):
             seconds: Seconds = getattr(layer, which)
-            on_the_way = hop_seconds(links, group, layer.messages.carry / work.slices)
-            wait = (group.size - 1) * seconds.chain / work.slices + on_the_way
+            part, size = seconds.chain / work.slices, layer.messages.carry / work.slices
+            wait = (group.size - 1) * part + hop_seconds(links, group, size)
+            # slices come no faster than the slowest link takes them
+            wait += (work.slices - 1) * max(0.0, message_seconds(neighbour_link(links, group), size) - part)
             if gathers or not total:
                 total += max(0.0, wait - seconds.beside)
             else:  # those before have left ranks apart by as much as this one's work beside fills

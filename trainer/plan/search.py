@@ -26,6 +26,7 @@ CAUSES = {
     "tensor": "sums over tensor-parallel ranks",
     "zero": "gradients and weights over dp x cp",
     "host": "launches are slower than kernels",
+    "update": "the update in the host's memory",
 }
 
 
@@ -66,8 +67,14 @@ class Planner:
         return Candidate(layout, prediction, rate, memory, memory <= self.hardware.memory_gib)
 
     def ranked(self, gpus: int, only: dict[str, tuple[str, ...]]) -> list[Candidate]:
-        """Candidates for `gpus` GPUs: those that fit by tokens per second, then the others by memory."""
+        """Candidates for `gpus` GPUs: those that fit by tokens per second, then the others by memory.
+
+        A layout that does not fit is tried with the optimizer's state on the host too, unless `only` speaks of that.
+        """
         found = [self.candidate(layout) for layout in layouts(self.job, gpus, only)]
+        if "offload_optimizer" not in only:
+            moved = [one.layout.offloaded(self.job) for one in found if not one.fits]
+            found += [self.candidate(layout) for layout in moved if layout]
         return sorted(found, key=lambda one: (not one.fits, -one.tokens_per_second if one.fits else one.memory_gib))
 
     def efficiency(self, candidate: Candidate) -> float:
@@ -116,6 +123,8 @@ def warnings(planner: Planner, candidate: Candidate, efficiency: float) -> list[
     if efficiency >= LEAST_EFFICIENCY:
         return lines
     lost = {name: getattr(candidate.prediction, name) for name in CAUSES}
+    if not candidate.layout.offload_optimizer:
+        del lost["update"]  # one GPU has it too
     worst = [
         name for name in sorted(lost, key=lambda name: -lost[name]) if lost[name] > 0.02 * candidate.prediction.seconds
     ]
@@ -175,7 +184,7 @@ def _other_layouts(job: Job, layout: Layout) -> list[tuple[str, Layout]]:
         other = dataclasses.replace(
             other, micro_batch_lanes=rows, micro_batches=lanes // max(1, rows), state_slices=slices
         )
-        if other != layout and other in layouts(job, other.gpus):
+        if other != layout and dataclasses.replace(other, offload_optimizer=False) in layouts(job, other.gpus):
             text = ", ".join(f"{name} = {value}" for name, value in changed.items())
             found.append((text if other.gpus == layout.gpus else f"{other.gpus} GPUs with {text}", other))
     return found

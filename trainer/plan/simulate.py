@@ -1,9 +1,10 @@
 """Simulation of one optimizer step on the ranks of one sequence, message by message; it checks `predict.py`.
 
-Every rank has a stream for computation, one for the chain of states, and a way out and a way in for messages, each of which carries one message at a
-time. Neighbours meet at a halo (the exchange waits for both), a state travels slice by slice, keys and values go
-round one block ahead of the attention, stage 3's weights one layer ahead of the layer. Other data-parallel replicas do
-the same at the same time, so their collectives begin when these ranks are ready. Tensor-parallel ranks too.
+Every rank has a stream for computation, one for the chain of states, and a way out and a way in for messages, each of
+which carries one message at a time. Neighbours meet at a halo (the exchange waits for both), a state travels slice by
+slice, keys and values go round one block ahead of the attention, stage 3's weights one layer ahead of the layer. Other
+data-parallel replicas do the same at the same time, so their collectives begin when these ranks are ready.
+Tensor-parallel ranks too.
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class Workshop:
         self.job, self.hardware = job, hardware
         self._made: dict[tuple[object, ...], tuple[tuple[LayerWork, ...], StepTime]] = {}
         self._parameters = lru_cache(maxsize=None)(lambda tp: total_parameters(job.setting.model, tp))
+        self._times: dict[tuple[object, ...], StepTime] = {}
 
     def work(self, layout: Layout) -> Work:
         """One rank's work under `layout`."""
@@ -172,12 +173,12 @@ class Workshop:
 
     def _timed_layer(self, setting: Setting, layer: object, slices: int, cp: int) -> tuple[Seconds, Seconds, Seconds]:
         """Forward, backward without recomputation, recomputation."""
-        step = layer_time(setting, self.hardware, layer)
+        step = self._layer_time(setting, layer)
         chained = cp > 1 and isinstance(layer, BlockRecurrentConfig) and layer.update == "trained"
         in_chain = CHAIN if setting.tp == 1 else CHAIN | {BESIDE}
         sliced = step
         if slices > 1 and chained:  # fewer rows at a time: what launches and latency cost is paid for each slice
-            sliced = layer_time(replace(setting, rows=setting.rows // slices), self.hardware, layer)
+            sliced = self._layer_time(replace(setting, rows=setting.rows // slices), layer)
 
         def seconds(which: str) -> Seconds:
             found = dict.fromkeys(("entry", "chain", "ring", "rest", "beside"), 0.0)
@@ -195,6 +196,13 @@ class Workshop:
             return Seconds(**found)
 
         return seconds("forward"), seconds("backward"), seconds("again")
+
+    def _layer_time(self, setting: Setting, layer: object) -> StepTime:
+        """`layer_time`, once for all numbers of slices."""
+        key = (setting.rows, setting.segment_tokens, setting.tp, setting.checkpointing, id(layer))
+        if key not in self._times:
+            self._times[key] = layer_time(setting, self.hardware, layer)
+        return self._times[key]
 
 
 def _sum(step: StepTime, name: str) -> float:
