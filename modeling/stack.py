@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +81,25 @@ class Layer(StatefulModule):
         """The mixer's."""
         return self.mixer.init_state(batch, device)
 
-    def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
-        """x [B, T, D], reset bool [B, ceil(T/quantum)] -> y [B, T, D], new state, the mixer's auxiliary losses."""
-        x, h = residual_rms_norm(x, self.norm.scale, self.dropout.mask(x))
+    def forward(
+        self, x: Tensor, state: State, *, reset: Tensor, delta: Tensor | None = None, add: bool = True
+    ) -> tuple[Any, State, Aux]:
+        """One layer; its first sum may come from the layer before, and its last be left to the next one's norm.
+
+        Args:
+            x, delta: [B, T, D], whose sum is the input; no delta is zero.
+            state: of the layer.
+            reset: bool [B, ceil(T/quantum)].
+            add: False: the two summands of y instead of y.
+
+        Returns:
+            y [B, T, D] or (y1, y2), new state, the mixer's auxiliary losses.
+        """
+        mask = self.dropout.mask(x)
+        if delta is None:
+            x, h = residual_rms_norm(x, self.norm.scale, mask)
+        else:
+            x, h = add_rms_norm(x, delta, self.norm.scale, mask)
         shard, h = self.tensor_shard, enter(h, self.tensor_shard)
         if self.checkpointing == "mixer" and torch.is_grad_enabled():
             mixed, state, aux = _recomputed(self.mixer, h, state, reset)
@@ -91,7 +107,8 @@ class Layer(StatefulModule):
             mixed, state, aux = self.mixer(h, state, reset=reset)
         y, h = add_rms_norm(x, leave(mixed, shard), self.ffn_norm.scale)
         out = self.ffn(enter(h, shard), keep_hidden=self.checkpointing != "layer")
-        return y + self.dropout(leave(out, shard)), state, aux
+        out = self.dropout(leave(out, shard))
+        return y + out if add else (y, out), state, aux
 
     def decode_state(self, state: State) -> State:
         """The mixer's."""
@@ -144,15 +161,16 @@ class Stack(StatefulModule):
         """x [B, T, D], reset bool [B, ceil(T/quantum)] -> y [B, T, D], new state, sums of auxiliary losses."""
         new_state: State = {}
         total: Aux = {}
+        delta: Tensor | None = None
         for name, layer in self._named():
             layer_reset = refine_reset(reset, x.shape[1], self.quantum, layer.quantum)
             if self.checkpointing == "layer" and torch.is_grad_enabled():
                 x, new_state[name], aux = _recomputed(layer, x, state[name], layer_reset)
             else:
-                x, new_state[name], aux = layer(x, state[name], reset=layer_reset)
+                (x, delta), new_state[name], aux = layer(x, state[name], reset=layer_reset, delta=delta, add=False)
             for key, value in aux.items():
                 total[key] = total[key] + value if key in total else value
-        return x, new_state, total
+        return x if delta is None else x + delta, new_state, total
 
     def decode_state(self, state: State) -> State:
         """One entry a layer."""

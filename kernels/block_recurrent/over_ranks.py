@@ -20,23 +20,21 @@ from longspan.kernels.window_attention.api import window_attention
 def block_recurrent_over_ranks(
     inputs: BlockRecurrentInputs, shard: SequenceShard, *, slices: int = 1, state_grad: StateGrad = "full"
 ) -> BlockRecurrentOutputs:
-    """`block_recurrent` over this rank's share of the tokens; with one rank the same.
+    """`block_recurrent` over this rank's share of the tokens.
 
     Args:
         inputs: of this rank's tokens, the cache that of the tokens just before them; the state is the one before the
             whole sequence, the same on all ranks. Not frozen.
-        shard: of this rank.
+        shard: of this rank, one of several.
         slices: parts of the batch in which the state is handed on.
         state_grad: "full" or "truncate", whether the state's gradient crosses from rank to rank.
 
     Returns:
-        See `BlockRecurrentOutputs`; with several ranks the state, after this rank's share, is without gradient.
+        See `BlockRecurrentOutputs`; the state, after this rank's share, is without gradient.
 
     Raises:
         ShapeError: as `block_recurrent`.
     """
-    if shard.size == 1:
-        return block_recurrent(inputs)
     inputs.check()
     pieces = row_slices(inputs.qkv.shape[0], slices)
     parts = inputs.split([piece.stop - piece.start for piece in pieces])

@@ -1,4 +1,4 @@
-"""The feed-forward network with a backward pass of its own: cuBLAS products, ReLU inside their epilogues.
+"""The feed-forward network with a backward pass of its own: the ReLU and its mask inside the products' epilogues.
 
 Letters: N tokens, D width, F hidden width; W1 [F, D], W2 [D, F].
 """
@@ -11,62 +11,64 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.kernels.feed_forward.triton import masked_product, masked_product_supported
+from longspan.kernels.feed_forward import triton as kernels
 from longspan.kernels.products import product_into
 
 MAX_CHUNK_HIDDEN = 2**27  # hidden values that exist at a time where they are not kept: 256 MiB in bf16
 
 
-def relu_product(x: Tensor, weight: Tensor) -> Tensor:
-    """relu(x W^T), ReLU in the product's epilogue where cuBLAS has one.
+def relu_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """relu(x W^T), ReLU in the product's epilogue where there is one.
 
     Args:
         x: [N, D].
         weight: [F, D].
 
     Returns:
-        [N, F].
+        [N, F]; where it is above 0, as `masked_gradient` takes it, or None.
     """
-    # torch's only public way to that epilogue is the private function behind its fused inference path
+    if kernels.supported(x, weight):
+        return kernels.relu_product(x, weight)
+    # torch's only public way to the epilogue of cuBLAS is the private function behind its fused inference path
     fused = getattr(torch, "_addmm_activation", None)
     if fused is None or not x.is_cuda:
-        return torch.mm(x, weight.t()).relu_()
-    return fused(x.new_zeros(weight.shape[0]), x, weight.t())
+        return torch.mm(x, weight.t()).relu_(), None
+    return fused(x.new_zeros(weight.shape[0]), x, weight.t()), None
 
 
-def masked_gradient(dy: Tensor, output_weight: Tensor, hidden: Tensor) -> Tensor:
+def masked_gradient(dy: Tensor, output_weight: Tensor, hidden: Tensor, bits: Tensor | None) -> Tensor:
     """(dy W2) where hidden > 0, else 0: the gradient in front of the ReLU.
 
     Args:
         dy: [N, D].
         output_weight: [D, F].
-        hidden: [N, F], output of the ReLU.
+        hidden, bits: of `relu_product`.
 
     Returns:
         [N, F].
     """
-    if masked_product_supported(dy, output_weight, hidden):
-        return masked_product(dy, output_weight, hidden)
+    if bits is not None and kernels.supported(dy, output_weight):
+        return kernels.masked_product(dy, output_weight, bits)
     gradient = torch.mm(dy, output_weight)
     return torch.ops.aten.threshold_backward.grad_input(gradient, hidden, 0, grad_input=gradient)
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps the hidden vectors."""
+    """Keeps the hidden vectors, and the bits of their ReLU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, hidden_weight: Tensor, output_weight: Tensor) -> Tensor:
-        hidden = relu_product(x, hidden_weight)
-        ctx.save_for_backward(x, hidden, hidden_weight, output_weight)
+        hidden, bits = relu_product(x, hidden_weight)
+        ctx.save_for_backward(x, hidden, bits, hidden_weight, output_weight)
         return torch.mm(hidden, output_weight.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, hidden, hidden_weight, output_weight = ctx.saved_tensors
+        x, hidden, bits, hidden_weight, output_weight = ctx.saved_tensors
         dy = dy.contiguous()
         d_output = torch.mm(dy.t(), hidden)
-        d_hidden = masked_gradient(dy, output_weight, hidden)
+        d_hidden = masked_gradient(dy, output_weight, hidden, bits)
         return torch.mm(d_hidden, hidden_weight), torch.mm(d_hidden.t(), x), d_output
 
 
@@ -92,12 +94,12 @@ class _Recomputed(torch.autograd.Function):
         d_output_weight = torch.zeros_like(output_weight, dtype=wide)
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            hidden = relu_product(x[part], hidden_weight)
+            hidden, bits = relu_product(x[part], hidden_weight)
             product_into(d_output_weight, dy[part].t(), hidden, add=start > 0)
-            d_hidden = masked_gradient(dy[part], output_weight, hidden)
+            d_hidden = masked_gradient(dy[part], output_weight, hidden, bits)
             product_into(d_hidden_weight, d_hidden.t(), x[part], add=start > 0)
             torch.mm(d_hidden, hidden_weight, out=dx[part])
-            del hidden, d_hidden  # before the next chunk makes its own
+            del hidden, bits, d_hidden  # before the next chunk makes its own
         return dx, d_hidden_weight.to(hidden_weight.dtype), d_output_weight.to(output_weight.dtype)
 
 
@@ -110,7 +112,7 @@ def _fill(y: Tensor, x: Tensor, hidden_weight: Tensor, output_weight: Tensor) ->
     chunk = chunk_tokens(hidden_weight)
     for start in range(0, x.shape[0], chunk):
         part = slice(start, start + chunk)
-        torch.mm(relu_product(x[part], hidden_weight), output_weight.t(), out=y[part])
+        torch.mm(relu_product(x[part], hidden_weight)[0], output_weight.t(), out=y[part])
 
 
 def lean_feed_forward(x: Tensor, hidden_weight: Tensor, output_weight: Tensor, keep_hidden: bool) -> Tensor:

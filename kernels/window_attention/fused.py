@@ -68,10 +68,10 @@ class WindowCall:
 
     Args:
         qkv: [B, T, 3, H, D], the last three dimensions contiguous; queries and keys rotated if there is no table.
-        past: [B, W, any], the cache with the strides of qkv, keys in front; its keys rotated likewise.
+        past: [B, W, any], the cache's values with the strides of qkv.
         table: [H, 32] or None; scale: [H]; drop: [H, W, 2W] or None.
-        inv_k, starts, nexts, bias, near_keys, near_queries, nulls, consts: of `prepare_kernel`.
-        out: [B, T, H, D]; lse, inv_q: fp32 [B, H, T rounded up]: what the forward pass leaves for the backward pass.
+        unit_k, inv_k, starts, nexts, bias, near_keys, near_queries, nulls, consts: of `prepare_kernel`.
+        out: [B, T, H, D]; lse, inv_q: fp32 [B, H, T rounded up]; unit_q: like out; of `attend_kernel`.
     """
 
     qkv: Tensor
@@ -79,6 +79,7 @@ class WindowCall:
     table: Tensor | None
     scale: Tensor
     drop: Tensor | None
+    unit_k: Tensor
     inv_k: Tensor
     starts: Tensor
     nexts: Tensor
@@ -89,6 +90,7 @@ class WindowCall:
     consts: Tensor
     out: Tensor
     lse: Tensor
+    unit_q: Tensor
     inv_q: Tensor
 
     def tensors(self) -> list[Tensor | None]:
@@ -234,6 +236,7 @@ def _prepare(
         table=None if table is None else table.contiguous(),
         scale=scale.contiguous(),
         drop=None if drop is None else drop.contiguous(),
+        unit_k=qkv.new_empty(rows, window + tokens, heads, width),
         inv_k=torch.empty(rows, heads, behind + padded, **wide),
         starts=torch.empty(rows, tokens, **whole),
         nexts=torch.empty(rows, tokens + 1, **whole),
@@ -244,12 +247,13 @@ def _prepare(
         consts=torch.empty(heads, 4, **wide),
         out=qkv.new_empty(rows, tokens, heads, width),
         lse=torch.empty(rows, heads, padded, **wide),
+        unit_q=qkv.new_empty(rows, tokens, heads, width),
         inv_q=torch.empty(rows, heads, padded, **wide),
     )
     new_keys, new_values = (qkv.new_empty(cached_keys.shape) for _ in range(2))
     prepare_kernel[(heads * (TABLE_PARTS_INT + rows * (behind + padded) // PREPARE_TOKENS),)](
-        qkv[:, :, 1],
-        qkv[:, :, 2],
+        *(qkv[:, :, part] for part in (1, 2)),
+        turned[:, :, 1],
         cached_keys,
         cached_values,
         turned_keys,
@@ -262,13 +266,14 @@ def _prepare(
         call.near_queries,
         call.nulls,
         call.consts,
+        call.unit_k,
         call.inv_k,
         call.starts,
         call.nexts,
         new_keys,
         new_values,
         call.past,
-        qkv.stride(0),
+        *(x.stride(0) for x in (qkv, turned)),
         *cached_keys.stride()[:2],
         *cached_values.stride()[:2],
         tokens,
@@ -290,8 +295,8 @@ def _attend(call: WindowCall, tiles: Tiles) -> None:
     tile = tiles.attend
     attend_kernel[(rows * heads * triton.cdiv(tokens, tile.queries),)](
         call.qkv,
+        call.unit_k,
         call.past,
-        call.inv_k,
         call.starts,
         call.near_keys,
         call.nulls,
@@ -299,6 +304,7 @@ def _attend(call: WindowCall, tiles: Tiles) -> None:
         call.multipliers(),
         call.out,
         call.lse,
+        call.unit_q,
         call.inv_q,
         call.qkv.stride(0),
         tokens,
@@ -344,7 +350,6 @@ class _Backward:
         self.dnew = [go.new_zeros(cache) if has_new and x is None else x for x in new]
         self.dcache = [go.new_empty(cache) if needs_cache else None for _ in range(2)]
         self.pairs = go.new_empty(self.ring, self.heads, self.span * self.keys)
-        self.unit_keys = go.new_empty(self.ring, self.heads, self.keys, self.width)
         self.for_scale = torch.empty(
             self.rows * triton.cdiv(self.tokens, self.query_tile.queries), self.heads,
             dtype=torch.float32, device=go.device,
@@ -385,26 +390,25 @@ class _Backward:
         return row * triton.cdiv(self.tokens, self.query_tile.queries) + inside
 
     def _key_gradient(self, begin: int, count: int) -> None:
-        """Write parts 1 and 2 of dqkv, dcache, pairs and unit_keys."""
+        """Write parts 1 and 2 of dqkv, dcache and pairs."""
         call, go = self.call, self.go
         key_gradient_kernel[(count * self.heads,)](
             call.qkv,
+            call.unit_k,
             call.past,
             call.inv_k,
             call.starts,
             call.nexts,
             call.near_queries,
-            call.consts,
             call.multipliers(),
             go,
             call.lse,
-            call.inv_q,
+            call.unit_q,
             self.delta,
             *(go if x is None else x.contiguous() for x in self.dnew),
             self.dqkv,
             *(self.dqkv if x is None else x for x in self.dcache),
             self.pairs,
-            self.unit_keys,
             call.qkv.stride(0),
             go.stride(0),
             self.tokens,
@@ -423,11 +427,11 @@ class _Backward:
         call, tile = self.call, self.query_tile
         query_gradient_kernel[(count * self.heads,)](
             call.qkv,
+            call.unit_k,
             call.starts,
             call.consts,
             call.inv_q,
             self.pairs,
-            self.unit_keys,
             self.dqkv,
             self.for_scale,
             call.qkv.stride(0),
@@ -443,7 +447,7 @@ class _Backward:
             BK=self.keys,
             SPAN=self.span,
             ROUND=ROUND,
-            EVEN=self.tokens % ROUND == 0,
+            EVEN=self.tokens % ROUND == 0 and call.window % ROUND == 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -55,7 +55,7 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=["T", "begin", "tiles", "ring"])
 def query_gradient_kernel(
-    qkv, starts, consts, inv_q, pairs, unit_keys, dqkv, for_scale,
+    qkv, unit_k, starts, consts, inv_q, pairs, dqkv, for_scale,
     qkv_b: tl.int64,
     T, begin, tiles, ring,
     STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
@@ -65,7 +65,7 @@ def query_gradient_kernel(
 
     Args:
         qkv .. inv_q: as in `attend_kernel`.
-        pairs, unit_keys, tiles, ring: of `key_gradient_kernel`, which has written all tiles of keys that are read.
+        pairs, tiles, ring: of `key_gradient_kernel`, which has written all tiles of keys that are read.
         dqkv: [B, T, 3, H, D], part 0 is written.
         for_scale: fp32 [B * tiles of queries in a row, H], written: the part of d|scale| that comes from q . k.
         begin: the first tile of queries, counted over all rows.
@@ -83,13 +83,15 @@ def query_gradient_kernel(
     end = tl.minimum(first + BQ, T) + behind
     r = tl.arange(0, BQ)
     keys = tl.arange(0, BK)[:, None] * SPAN
+    k_at = unit_k + (tl.cast(row, tl.int64) * (T + W) + W) * (H * D) + head * D
     acc = tl.zeros([BQ, D], tl.float32)
     # as the compiler sees, never empty
     for n in range(low // BK, tl.maximum(tl.cdiv(end, BK), low // BK + 1)):
         slot = ((row * tiles + n) % ring).to(tl.int64) * H + head
         i = (first + behind - n * BK) + r[None, :]
         ds = tl.load(pairs + slot * (SPAN * BK) + keys + i, mask=(i >= 0) & (i < SPAN), other=0.0)
-        k = load_tile(unit_keys + slot * (BK * D), BK, D, D, BK, True)
+        j = n * BK - behind
+        k = key_tile(k_at + tl.cast(j, tl.int64) * (H * D), j, T, H * D, W, D, BK, EVEN)
         acc = tl.dot(tl.trans(ds), k, acc, input_precision=PRECISION)
     # backward of the normalisation
     i = first + r
@@ -213,25 +215,26 @@ def finish_kernel(
 @triton.jit
 def _key_gradient(
     dk, dv, k_tile, v_tile, right_j, q_at, go_at, rows, heads, pairs, first_j, low, high, T,
-    STEP: tl.constexpr, GO_STEP: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, HAS_DROP: tl.constexpr,
+    GO_STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, HAS_DROP: tl.constexpr, IS_NEAR: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T q to dk and P^T go to dv of BK keys over the queries low .. high-1 and store dS^T; all is transposed.
 
     Args:
         k_tile: normalised; right_j: [BK] last query that may see each key.
+        IS_NEAR: queries may have a bias; others are further away than that from each key.
     """
-    lse_row, delta_row, inv_row = rows
-    factor, near_head, drop_head = heads
+    lse_row, delta_row = rows
+    near_head, drop_head = heads
     r = tl.arange(0, BQ)
     cell = tl.arange(0, BK)[:, None] * SPAN + r[None, :]
     for first in range(low, high, BQ):
         i = first + r
         far = tl.cast(first, tl.int64)
-        q = load_tile(q_at + far * STEP, T - first, STEP, D, BQ, EVEN)
-        unit_i = tl.load(inv_row + i) * factor
-        s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION) * unit_i[None, :] - tl.load(lse_row + i)[None, :]
-        s += near_tile(near_head, tl.minimum(first - first_j, 2 * NEAR), BK, BQ)
+        q = load_tile(q_at + far * (H * D), T - first, H * D, D, BQ, EVEN)
+        s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION) - tl.load(lse_row + i)[None, :]
+        if IS_NEAR:
+            s += near_tile(near_head, tl.minimum(first - first_j, 2 * NEAR), BK, BQ)
         p = tl.exp2(tl.where(i[None, :] <= right_j[:, None], s, HIDDEN))
         go = load_tile(go_at + far * GO_STEP, T - first, GO_STEP, D, BQ, EVEN)
         dp = tl.dot(v_tile, tl.trans(go), input_precision=PRECISION)
@@ -242,19 +245,11 @@ def _key_gradient(
             seen = p * keep
             dp *= keep
         dv = tl.dot(seen.to(go.dtype), go, dv, input_precision=PRECISION)
-        ds = p * (dp - tl.load(delta_row + i)[None, :])
+        ds = (p * (dp - tl.load(delta_row + i)[None, :])).to(q.dtype)
         # the division tells the compiler that rows may be written in wide pieces
-        tl.store(pairs + (first - first_j) // BQ * BQ + cell, ds.to(pairs.dtype.element_ty))
-        dk = tl.dot((ds * unit_i[None, :]).to(q.dtype), q, dk, input_precision=PRECISION)
+        tl.store(pairs + (first - first_j) // BQ * BQ + cell, ds)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv
-
-
-@triton.jit
-def _stored(at, tile, D: tl.constexpr, BK: tl.constexpr):
-    """Store a tile [BK, D] and read it again: so it goes to shared memory, else to registers that spill."""
-    tl.store(at + tl.arange(0, BK)[:, None] * D + tl.arange(0, D)[None, :], tile.to(at.dtype.element_ty))
-    tl.debug_barrier()
-    return load_tile(at, BK, D, D, BK, True)
 
 
 @triton.jit
@@ -268,8 +263,8 @@ def _fill_with_zeros(pairs, first, low, high, BQ: tl.constexpr, BK: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "begin", "tiles", "ring"])
 def key_gradient_kernel(
-    qkv, past, inv_k, starts, nexts, near_queries, consts, drop, go, lse, inv_q, delta, dnew_k, dnew_v,
-    dqkv, dcached_k, dcached_v, pairs, unit_keys,
+    qkv, unit_k, past, inv_k, starts, nexts, near_queries, drop, go, lse, unit_q, delta, dnew_k, dnew_v,
+    dqkv, dcached_k, dcached_v, pairs,
     qkv_b: tl.int64, go_b: tl.int64,
     T, begin, tiles, ring,
     STEP: tl.constexpr, GO_STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
@@ -279,12 +274,11 @@ def key_gradient_kernel(
     """Gradients of BK keys and values of one head; dS for the kernels that follow.
 
     Args:
-        qkv .. inv_q: as in `attend_kernel`; nexts: of `prepare_kernel`; delta: of `delta_kernel`; go: as there.
+        qkv .. unit_q: as in `attend_kernel`; inv_k, nexts: of `prepare_kernel`; delta: of `delta_kernel`; go: as there.
         dnew_k, dnew_v: [B, W, H, D] gradients of the returned cache, if HAS_NEW.
         dqkv: [B, T, 3, H, D], parts 1 and 2 are written; dcached_k, dcached_v: [B, W, H, D], written if HAS_CACHE.
         pairs: [ring, H, BK, SPAN], written: dS of each tile of keys and the SPAN tokens from its first one on, those
             that exist; 0 where a query sees none of the tile's keys.
-        unit_keys: [ring, H, BK, D], written: the keys, normalised.
         begin: the first tile of keys, counted over all rows; tile n lies in place n mod ring.
         tiles: tiles of BK keys in a row, those of the cache in front.
     """
@@ -297,16 +291,13 @@ def key_gradient_kernel(
     exists = ((j >= -W) & (j < T))[:, None]
     behind = tl.cdiv(W, ROUND) * ROUND
     padded = tl.cdiv(T, ROUND) * ROUND
-    q_at = qkv + row * qkv_b + head * D
-    k_at = key_address((q_at + H * D, past + row * (W * STEP) + head * D), first, STEP, W)
+    k_at = unit_k + (row * (T + W) + W + first) * (H * D) + head * D
+    v_of = (qkv + row * qkv_b + (2 * H + head) * D, past + row * (W * STEP) + head * D)
     inv = tl.load(inv_k + (row * H + head) * (behind + padded) + behind + j)
-    slot = (tile % ring).to(tl.int64) * H + head
+    pairs += ((tile % ring).to(tl.int64) * H + head) * (SPAN * BK)
     c = tl.arange(0, D)[None, :]
-    unit = key_tile(k_at, first, T, STEP, W, D, BK, EVEN).to(tl.float32) * inv[:, None]
-    k_tile = _stored(unit_keys + slot * (BK * D), unit, D, BK)
-    v_tile = key_tile(k_at + H * D, first, T, STEP, W, D, BK, EVEN)
-    pairs += slot * (SPAN * BK)
-
+    k_tile = key_tile(k_at, first, T, H * D, W, D, BK, EVEN)
+    v_tile = key_tile(key_address(v_of, first, STEP, W), first, T, STEP, W, D, BK, EVEN)
     # a query sees a key until its window has passed or another document has started
     next_row = nexts + row * (T + 1) + 1
     right_j = tl.minimum(j + W, tl.load(next_row + tl.maximum(j, -1), mask=j < T, other=0) - 1)
@@ -316,14 +307,22 @@ def key_gradient_kernel(
     low -= low & (BQ - 1)
     high = tl.maximum(high, low + 1)  # an empty loop would make the compiler wait after each matrix instruction
     at = (row * H + head) * padded
-    rows = (lse + at, delta + at, inv_q + at)
-    heads = (tl.load(consts + head * CONSTS), near_queries + head * (NEAR * REACH), drop + head * (2 * W * W))
+    rows = (lse + at, delta + at)
+    heads = (near_queries + head * (NEAR * REACH), drop + head * (2 * W * W))
+    q_at = unit_q + row * T * (H * D) + head * D
     go_at = go + row * go_b + head * D
     dk = tl.zeros([BK, D], tl.float32)
     dv = tl.zeros([BK, D], tl.float32)
+    # first the queries so near that they may have a bias
+    middle = tl.minimum(high, tl.maximum(first + NEAR + BK, low + BQ))
     dk, dv = _key_gradient(
-        dk, dv, k_tile, v_tile, right_j, q_at, go_at, rows, heads, pairs, first, low, high, T,
-        STEP, GO_STEP, W, D, BQ, BK, SPAN, EVEN, HAS_DROP,
+        dk, dv, k_tile, v_tile, right_j, q_at, go_at, rows, heads, pairs, first, low, middle, T,
+        GO_STEP, H, W, D, BQ, BK, SPAN, EVEN, HAS_DROP, True,
+    )  # fmt: skip
+    middle = low + tl.cdiv(middle - low, BQ) * BQ
+    dk, dv = _key_gradient(
+        dk, dv, k_tile, v_tile, right_j, q_at, go_at, rows, heads, pairs, first, middle, high, T,
+        GO_STEP, H, W, D, BQ, BK, SPAN, EVEN, HAS_DROP, False,
     )  # fmt: skip
     _fill_with_zeros(pairs, first, low + tl.cdiv(high - low, BQ) * BQ, tl.minimum(first + SPAN, padded), BQ, BK, SPAN)
     dk *= LN2
@@ -334,7 +333,7 @@ def key_gradient_kernel(
         dk += tl.load(dnew_k + new, mask=kept, other=0.0).to(tl.float32)
         dv += tl.load(dnew_v + new, mask=kept, other=0.0).to(tl.float32)
     if first >= 0:
-        y = key_tile(k_at, first, T, STEP, W, D, BK, EVEN).to(tl.float32) * inv[:, None]
+        y = key_tile(k_at, first, T, H * D, W, D, BK, EVEN).to(tl.float32)
         dx = (dk - y * tl.sum(dk * y, 1)[:, None]) * inv[:, None]
         to = dqkv + (row * T + first) * (3 * H * D) + (H + head) * D + (j - first)[:, None] * (3 * H * D) + c
         tl.store(to, dx.to(dqkv.dtype.element_ty), mask=exists)

@@ -57,8 +57,8 @@ def key_tile(at, first, T, STEP: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def near_tile(near_head, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a table of the bias from column `offset` on, a multiple of 64; fp32."""
-    at = near_head + offset // 64 * 64  # tells the compiler that rows may be read in wide pieces
+    """[ROWS, COLUMNS] of a table of the bias from column `offset` on, a multiple of 32; fp32."""
+    at = near_head + offset // 32 * 32  # tells the compiler that rows may be read in wide pieces
     return tl.load(at + tl.arange(0, ROWS)[:, None] * REACH + tl.arange(0, COLUMNS)[None, :]).to(tl.float32)
 
 
@@ -78,89 +78,69 @@ def document_starts(starts_row, first, T, BQ: tl.constexpr):
 
 
 @triton.jit
-def key_ranges(first, first_start, T, W: tl.constexpr, BACK: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
-    """(first key, end) for a tile of queries: never empty, the first a multiple of BK.
-
-    With BACK > 0 all keys from first - BACK to first + BQ - 1 are in it, visible or not.
-    """
+def key_ranges(first, first_start, T, W: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    """(first key, end) for a tile of queries: never empty, the first a multiple of BK."""
     low = tl.maximum(first - W, first_start)
-    if BACK > 0:
-        low = tl.minimum(low, first - BACK)
-        end = first + BQ
-    else:
-        end = tl.minimum(first + BQ, T) - 1
     low -= low & (BK - 1)
-    return low, tl.maximum(end, low + 1)
+    return low, tl.maximum(tl.minimum(first + BQ, T) - 1, low + 1)
 
 
 @triton.jit
 def scores(
-    q, unit_i, shift_i, left_i, at, inv_head, near_head, first, first_j, T,
-    STEP: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr,
+    q, left_i, k_at, near_head, first, first_j, T,
+    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    IS_NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Logits minus shift_i of BQ queries and BK keys, hidden where a query may not look.
+    """Logits of BQ queries and BK keys, hidden where a query may not look.
 
     Args:
-        unit_i, shift_i, left_i: [BQ] factor of raw queries, what to subtract, leftmost visible key.
-        at: address of the keys.
-
-    Returns:
-        scores fp32 [BQ, BK]; products of queries as loaded and normalised keys, like them; keys as loaded [BK, D];
-        fp32 [BK], what normalises them.
+        q: normalised and scaled; left_i: [BQ] leftmost visible key.
+        k_at: address of the key at position 0.
+        IS_NEAR: keys may have a bias; others are further away than that from each query.
     """
     j = first_j + tl.arange(0, BK)
-    k_tile = key_tile(at, first_j, T, STEP, W, D, BK, EVEN)
-    inv = tl.load(inv_head + j)
-    product = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * inv[None, :]
-    s = product * unit_i[:, None] - shift_i[:, None]
-    s += near_tile(near_head, tl.maximum(first_j - first + 2 * NEAR, 0), BQ, BK)
-    return tl.where(j[None, :] >= left_i[:, None], s, HIDDEN), product, k_tile, inv
+    k_tile = key_tile(k_at + tl.cast(first_j, tl.int64) * (H * D), first_j, T, H * D, W, D, BK, EVEN)
+    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+    if IS_NEAR:
+        s += near_tile(near_head, tl.maximum(first_j - first + 2 * NEAR, 0), BQ, BK)
+    return tl.where(j[None, :] >= left_i[:, None], s, HIDDEN)
 
 
 @triton.jit
 def _highest(
-    q, top, unit_i, left_i, k_of, inv_head, near_head, first, low, high, T,
-    STEP: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr,
+    q, top, left_i, k_at, near_head, first, low, high, T,
+    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Highest logit of each query among `top` and the keys low .. high-1."""
-    zero = tl.zeros([BQ], tl.float32)
     for first_j in tl.range(low, high, BK, num_stages=1):
-        at = key_address(k_of, first_j, STEP, W)
-        s, _, _, _ = scores(
-            q, unit_i, zero, left_i, at, inv_head, near_head, first, first_j, T, STEP, W, D, BQ, BK, EVEN
-        )
+        s = scores(q, left_i, k_at, near_head, first, first_j, T, H, W, D, BQ, BK, EVEN, True)
         top = tl.maximum(top, tl.max(s, 1))
     return top
 
 
 @triton.jit
 def _attend(
-    q, acc, total, unit_i, top, left_i, k_of, heads, first, low, high, T,
-    STEP: tl.constexpr, GAP: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, EVEN: tl.constexpr, HAS_DROP: tl.constexpr,
+    q, acc, total, top, left_i, k_at, v_of, heads, first, low, high, T,
+    STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, HAS_DROP: tl.constexpr, IS_NEAR: tl.constexpr,
 ):  # fmt: skip
     """Add exp2(logits - top) v to acc and exp2(logits - top) to total, over the keys low .. high-1."""
-    inv_head, near_head, drop_head = heads
-    for first_j in range(low, high, BK):
-        at = key_address(k_of, first_j, STEP, W)
-        s, _, _, _ = scores(
-            q, unit_i, top, left_i, at, inv_head, near_head, first, first_j, T, STEP, W, D, BQ, BK, EVEN
-        )
-        p = tl.exp2(s)
+    near_head, drop_head = heads
+    for first_j in tl.range(low, high, BK, num_stages=2 if IS_NEAR else None):
+        s = scores(q, left_i, k_at, near_head, first, first_j, T, H, W, D, BQ, BK, EVEN, IS_NEAR)
+        p = tl.exp2(s - top[:, None])
         total += tl.sum(p, 1)
         if HAS_DROP:
             j = first_j + tl.arange(0, BK)
             p *= drop_tile(drop_head, first + tl.arange(0, BQ)[:, None], j[None, :], W)
-        v_tile = key_tile(at + GAP, first_j, T, STEP, W, D, BK, EVEN)
+        v_tile = key_tile(key_address(v_of, first_j, STEP, W), first_j, T, STEP, W, D, BK, EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, total
 
 
 @triton.jit(do_not_specialize=["T"])
 def attend_kernel(
-    qkv, past, inv_k, starts, near_keys, nulls, consts, drop, out, lse, inv_q,
+    qkv, unit_k, past, starts, near_keys, nulls, consts, drop, out, lse, unit_q, inv_q,
     qkv_b: tl.int64,
     T,
     STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
@@ -170,10 +150,11 @@ def attend_kernel(
 
     Args:
         qkv: [B, T, 3, H, D] as projected, with strides (qkv_b, STEP, H * D, D, 1).
-        past, inv_k, starts, near_keys, nulls, consts: of `prepare_kernel`; ROUND: its BT.
+        unit_k, past, starts, near_keys, nulls, consts: of `prepare_kernel`; ROUND: its BT.
         drop: [H, W, 2W] if HAS_DROP.
         out: [B, T, H, D]; lse, inv_q: fp32 [B, H, T rounded up to ROUND], log2 sum exp2 of the logits, what
             normalises queries; beyond T so chosen that such queries count for nothing.
+        unit_q: [B, T, H, D], queries, normalised and scaled: their products with keys are logits.
         EVEN: BQ and BK divide T and W.
     """
     tiles = tl.cdiv(T, BQ)
@@ -183,39 +164,44 @@ def attend_kernel(
     first = (pid // H) % tiles * BQ
     i = first + tl.arange(0, BQ)
     inside = i < T
-    behind = tl.cdiv(W, ROUND) * ROUND
     padded = tl.cdiv(T, ROUND) * ROUND
 
     q_at = qkv + row * qkv_b + head * D
-    k_of = (q_at + H * D, past + row * (W * STEP) + head * D)
-    q_tile = load_tile(q_at + first.to(tl.int64) * STEP, T - first, STEP, D, BQ, EVEN)
-    wide = q_tile.to(tl.float32)
+    wide = load_tile(q_at + first.to(tl.int64) * STEP, T - first, STEP, D, BQ, EVEN).to(tl.float32)
     inv = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
     tl.store(inv_q + (row * H + head) * padded + i, tl.where(inside, inv, 0.0))
-    unit_i = inv * tl.load(consts + head * CONSTS)
+    unit = wide * (inv * tl.load(consts + head * CONSTS))[:, None]
+    q_tile = unit.to(unit_q.dtype.element_ty)
+    place = (row * T + first) * (H * D) + head * D
+    place += tl.arange(0, BQ)[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    tl.store(unit_q + place, q_tile, mask=inside[:, None])
 
     # null keys are never loaded: they are where the softmax starts from
     start, first_start = document_starts(starts + row * T, first, T, BQ)
     null = tl.load(nulls + head * (W + 2) + tl.minimum(i - start + 1, W + 1), mask=inside, other=0.0)
     left_i = tl.maximum(start, i - W)
-    low, high = key_ranges(first, first_start, T, W, 0, BQ, BK)
-    inv_head = inv_k + (row * H + head) * (behind + padded) + behind
+    low, high = key_ranges(first, first_start, T, W, BQ, BK)
+    k_at = unit_k + (row * (T + W) + W) * (H * D) + head * D
+    v_of = (q_at + 2 * H * D, past + row * (W * STEP) + head * D)
     near_head = near_keys + head * (NEAR * REACH)
-    heads = (inv_head, near_head, drop + head * (2 * W * W))
+    heads = (near_head, drop + head * (2 * W * W))
 
     # logits whose bound lies close enough need no maximum: nothing overflows, nothing that counts underflows
     top = tl.zeros([BQ], tl.float32) + tl.load(consts + head * CONSTS + 1)
     if tl.load(consts + head * CONSTS + 2) != 0.0:
-        top = _highest(
-            q_tile, null, unit_i, left_i, k_of, inv_head, near_head, first, low, high, T, STEP, W, D, BQ, BK, EVEN
-        )
+        top = _highest(q_tile, null, left_i, k_at, near_head, first, low, high, T, H, W, D, BQ, BK, EVEN)
     total = tl.exp2(null - top)
     acc = tl.zeros([BQ, D], tl.float32)
+    if W >= NEAR + BK:  # first the keys too far away for a bias, hidden ones rather than none
+        middle = tl.maximum(first - NEAR, low)
+        acc, total = _attend(
+            q_tile, acc, total, top, left_i, k_at, v_of, heads, first, tl.minimum(low, middle - BK), middle, T,
+            STEP, H, W, D, BQ, BK, EVEN, HAS_DROP, False,
+        )  # fmt: skip
+        low = middle
     acc, total = _attend(
-        q_tile, acc, total, unit_i, top, left_i, k_of, heads, first, low, high, T,
-        STEP, H * D, W, D, BQ, BK, EVEN, HAS_DROP,
+        q_tile, acc, total, top, left_i, k_at, v_of, heads, first, low, high, T,
+        STEP, H, W, D, BQ, BK, EVEN, HAS_DROP, True,
     )  # fmt: skip
-    to = out + (row * T + first) * (H * D) + head * D
-    to += tl.arange(0, BQ)[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + (row * H + head) * padded + i, tl.where(inside, top + tl.log2(total), HUGE))

@@ -149,9 +149,9 @@ def _write_cache(
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
-    k, v, cached_k, cached_v, turned_k, reset, table, scale, buckets, bias, near_keys, near_queries, nulls, consts,
-    inv_k, starts, nexts, new_k, new_v, past,
-    kv_b: tl.int64, ck_b: tl.int64, ck_t, cv_b: tl.int64, cv_t,
+    k, v, turned_k, cached_k, cached_v, turned_cache, reset, table, scale, buckets, bias, near_keys, near_queries,
+    nulls, consts, unit_k, inv_k, starts, nexts, new_k, new_v, past,
+    kv_b: tl.int64, turned_b: tl.int64, ck_b: tl.int64, ck_t, cv_b: tl.int64, cv_t,
     T,
     KV_STEP: tl.constexpr, STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
     ROUND: tl.constexpr, HAS_TABLE: tl.constexpr,
@@ -159,17 +159,18 @@ def prepare_kernel(
     """The first 32 H programs write the tables of the heads; each further one looks at BT tokens of one head.
 
     Args:
-        k, v: [B, T, H, D] with strides (kv_b, KV_STEP, D, 1); cached_k, cached_v: [B, W, H, D] with strides (b, t, D,
-            1); turned_k: as cached_k, what to copy to `past`.
+        k, v: [B, T, H, D] with strides (kv_b, KV_STEP, D, 1); turned_k: k rotated, with strides (turned_b, STEP, D, 1);
+            cached_k, cached_v: [B, W, H, D] with strides (b, t, D, 1); turned_cache: as cached_k, rotated.
         reset: uint8 [B, T]; table: [H, 32]; scale: [H]; buckets: int32 [128] of distances.
         bias: fp32 [H, 128] by distance; near_keys, near_queries: [H, 128, 384], the same bias as tiles need it:
             [query, key + 256] and [key, query]; nulls: fp32 [H, W + 2], log2 sum exp2 of the bias from a distance
             on; consts: fp32 [H, 4].
+        unit_k: [B, W + T, H, D], written: keys of the cache and of the segment, normalised.
         inv_k: fp32 [B, H, W + T, both rounded up to ROUND], 1 / sqrt(sum k^2 + 1e-6), 1 in the cache.
         starts: int32 [B, T], document start of each token; nexts: int32 [B, T + 1], the first one after each token,
             the cache's last token in front. Both see W tokens far.
         new_k, new_v: [B, W, H, D], the next cache.
-        past: [B, W, STEP], the old cache laid out like the keys and values of a segment: values H * D behind keys.
+        past: [B, W, STEP], the old cache's values laid out like those of a segment.
     """
     pid = tl.program_id(0)
     head = pid % H
@@ -190,9 +191,9 @@ def prepare_kernel(
             exists = (p >= -W)[:, None]
             old_k = row * ck_b + (p + W)[:, None] * ck_t + c
             old_v = tl.load(cached_v + row * cv_b + (p + W)[:, None] * cv_t + c, mask=exists, other=0.0)
-            to = past + row * (W * STEP) + (p + W)[:, None] * STEP + c
-            tl.store(to, tl.load(turned_k + old_k, mask=exists, other=0.0), mask=exists)
-            tl.store(to + H * D, old_v, mask=exists)
+            tl.store(past + row * (W * STEP) + (p + W)[:, None] * STEP + c, old_v, mask=exists)
+            to = unit_k + (row * (T + W) + p + W)[:, None] * (H * D) + c
+            tl.store(to, tl.load(turned_cache + old_k, mask=exists, other=0.0), mask=exists)
             tl.store(inv_at, tl.zeros([BT], tl.float32) + 1.0)
             if first + BT > T - W:
                 kept = tl.load(cached_k + old_k, mask=exists, other=0.0).to(tl.float32)
@@ -203,11 +204,17 @@ def prepare_kernel(
             x = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
             inv = tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
             tl.store(inv_at, inv)
+            y = x
+            if not HAS_TABLE:
+                from_turned = turned_k + row * turned_b + p.to(tl.int64)[:, None] * STEP + c
+                y = tl.load(from_turned, mask=inside, other=0.0).to(tl.float32)
+            to = unit_k + (row * (T + W) + p + W)[:, None] * (H * D) + c
+            tl.store(to, (y * inv[:, None]).to(unit_k.dtype.element_ty), mask=inside)
             if (head == 0) & (first < T):
                 _write_starts(reset_row, starts + row * T, nexts + row * (T + 1), first, T, W, BT)
             if first + BT > T - W:
-                y = tl.load(v + at, mask=inside, other=0.0)
-                _write_cache(x * inv[:, None], y, new_k + new, new_v + new, reset_row, p, T, H, W, D)
+                values = tl.load(v + at, mask=inside, other=0.0)
+                _write_cache(x * inv[:, None], values, new_k + new, new_v + new, reset_row, p, T, H, W, D)
 
 
 @triton.jit(do_not_specialize=["T", "first"])

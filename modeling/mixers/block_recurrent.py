@@ -214,14 +214,14 @@ class BlockRecurrent(StatefulModule):
 
     def _attend(self, inputs: BlockRecurrentInputs) -> tuple[Tensor, State]:
         """Attention and output projection, the state handed from rank to rank."""
-        if self.recurrent.write is None:
+        if self.recurrent.write is None or self.shard.size == 1:
             out = block_recurrent(inputs)
         else:
             out = block_recurrent_over_ranks(inputs, self.shard, slices=self.state_slices, state_grad=self.state_grad)
         y = project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight)
         new_state: State = {"keys": out.keys, "values": out.values}
         if self.recurrent.write is not None:
-            new_state["state"] = out.state
+            new_state["state"] = out.state.contiguous()  # of all blocks' states the last, perhaps
         return y, new_state
 
     def decode_state(self, state: State) -> State:

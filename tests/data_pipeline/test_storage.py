@@ -166,7 +166,7 @@ def test_a_store_that_goes_away_ends_the_run_and_quarantines_nothing(corpus, tmp
     with ShardServer(corpus.folder) as server:
         reader = open_corpus(server.url, settings(tmp_path))
         server.choose = lambda path: "status500"
-        with pytest.raises(StorageError, match=r"4 attempts.*status 500.*resumed"):
+        with pytest.raises(StorageError, match=r"4 attempts.*status 500.*what was done before is kept"):
             reader.tokens(reader.manifest.documents[0])
         server.choose = lambda path: None
         same_documents(reader)

@@ -52,6 +52,21 @@ def test_lean_form_equals_fp64(shape: tuple[int, ...], hidden: int, keep_hidden:
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("tokens", "dim", "hidden"), [(3, 8, 520), (130, 12, 300)])
+def test_the_relu_leaves_the_bits_that_the_masked_product_applies(tokens: int, dim: int, hidden: int) -> None:
+    from longspan.kernels.feed_forward import triton as kernels
+
+    x, w1, w2, dy = (tensor.float() for tensor in inputs((tokens, dim), hidden))
+    x[1] = 0  # the ReLU of exactly 0 has no gradient
+    with poisoned_memory():
+        relu, bits = kernels.relu_product(x, w1)
+        ours = kernels.masked_product(dy, w2, bits)
+    assert relative_error(relu, (x.double() @ w1.double().t()).relu()) < 1e-5
+    assert relative_error(ours, (dy.double() @ w2.double()) * (relu > 0)) < 1e-5
+    assert torch.equal(ours != 0, relu > 0) and not relu[1].any()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("tokens", [6, 7, 20])
 def test_chunks_add_up(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.kernels.feed_forward.autograd.MAX_CHUNK_HIDDEN", 6 * 24)

@@ -76,29 +76,39 @@ def test_chunks_add_up(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "dim", "hidden"), [(4096, 1024, 4096), (1001, 1024, 4096), (300, 200, 600)])
-def test_the_masked_product(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> None:
+def test_both_products(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> None:
     from longspan.kernels.feed_forward import triton as kernels
 
     x, w1, w2, dy = inputs(tokens, dim, hidden, dtype)
-    relu = F.relu(x @ w1.t())
-    want = (dy.double() @ w2.double()) * (relu > 0)
-    assert kernels.masked_product_supported(dy, w2, relu)
+    assert kernels.supported(x, w1) and kernels.supported(dy, w2)
     with poisoned_memory():
-        ours = kernels.masked_product(dy, w2, relu)
-    assert relative_error(ours, want) < LIMITS[dtype]
+        relu, bits = kernels.relu_product(x, w1)
+        ours = kernels.masked_product(dy, w2, bits)
+    assert relative_error(relu, F.relu(x.double() @ w1.double().t())) < LIMITS[dtype]
+    assert relative_error(ours, (dy.double() @ w2.double()) * (relu > 0)) < LIMITS[dtype]
     assert not ours[relu <= 0].any()
 
 
-def test_the_masked_product_beyond_32_bits() -> None:
-    from longspan.kernels.feed_forward.triton import masked_product
+def test_both_products_beyond_32_bits() -> None:
+    from longspan.kernels.feed_forward.triton import masked_product, relu_product
 
     rows = 2**19 + 300  # 2.1e9 hidden values
-    dy = torch.randn(rows, 64, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(rows, 64, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
-    hidden = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda").bernoulli_()
-    ours = masked_product(dy, weight, hidden)
     last = slice(rows - 260, rows)
-    assert relative_error(ours[last], (dy[last].double() @ weight.double()) * hidden[last]) < 1e-2
+    relu, bits = relu_product(x, weight.t().contiguous())
+    hidden = relu[last].clone()
+    assert relative_error(hidden, F.relu(x[last].double() @ weight.double())) < 1e-2
+    del relu
+    ours = masked_product(x, weight, bits)
+    assert relative_error(ours[last], (x[last].double() @ weight.double()) * (hidden > 0)) < 1e-2
+
+
+def test_not_a_number_does_not_vanish_in_the_forward_pass() -> None:
+    x, w1, w2, dy = inputs(130, 64, 128, torch.bfloat16)
+    x[7] = torch.nan
+    y = run([x, w1, w2, dy], torch.bfloat16)[0]
+    assert y[7].isnan().all() and y[:7].isfinite().all()
 
 
 def test_not_a_number_does_not_vanish_in_the_backward_pass() -> None:
