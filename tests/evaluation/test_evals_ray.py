@@ -101,6 +101,7 @@ def test_a_run_is_evaluated_on_a_cluster_that_runs(
     assert (tmp_path / "runs" / "mlflow.db").is_file()
 
 
+@pytest.mark.long
 def test_a_cluster_of_ones_own_comes_and_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = tiny_run.corpus(tmp_path / "corpus")
     run = tiny_run.run_directory(tmp_path / "runs" / "tiny", tiny_run.config(corpus), steps=(1,))

@@ -50,5 +50,5 @@ def _table(found: list[dict[str, Any]]) -> str:
     for row, entry in zip(rows, [None, *found], strict=True):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         reason = entry["reason"].strip().splitlines() if entry and entry["reason"] else []
-        lines.append(f"{line}  {reason[0][:120]}" if reason else line)
+        lines.append(f"{line}  {reason[0]}" if reason else line)
     return "\n".join(lines)
