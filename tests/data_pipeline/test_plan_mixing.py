@@ -61,7 +61,7 @@ def test_shares_after_ten_million_tokens_of_85_very_unequal_documents():
 @pytest.mark.long
 def test_shares_after_ten_million_tokens_over_many_sets_of_documents():
     assert max(errors(range(24), (0.3, 0.37, 0.5, 0.7))) < 0.005
-    # A tenth of 32 lanes is 3.2 of them: where three documents are longer than 10 M tokens last, it cannot be had.
+    # A tenth of 32 lanes is 3.2 of them: where three documents are longer than 10 M tokens last, it is not held.
     tenth = np.array(errors(range(24), (0.9,)))
     assert np.mean(tenth < 0.005) > 0.8 and max(tenth) < 0.012
 
