@@ -140,7 +140,8 @@ class NodeResult:
 
     def result(self) -> dict[str, Any]:
         """What the command returned on this node's first rank; empty if it did not end well."""
-        return next((record.result for record in self.ends if record.result), {})
+        ends = sorted(self.ends, key=lambda record: record.rank)
+        return next((record.result for record in ends if record.result), {})
 
 
 def messages(ends: list[ExitRecord]) -> list[str]:

@@ -30,14 +30,9 @@ def check_usable(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
         UsageError: the directory cannot be written to, the place of the checkpoints cannot be reached, or it holds
             checkpoints and `resume` is not asked for.
     """
-    place = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
-    if not place.is_dir():
-        raise UsageError(f"run directory {run_dir}: {place} is a file, not a folder. Choose another --run-dir.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"run directory {run_dir} is not writable: no permission to write in {place}. "
-            f"Choose another --run-dir or change the permissions."
-        )
+    _check_folder("run directory", run_dir, "--run-dir")
+    if isinstance(checkpoints, Path) and checkpoints != run_dir / CHECKPOINTS:
+        _check_folder("checkpoint.folder =", checkpoints, "folder")
     try:
         holds_some = any(step_of(folder) is not None for folder in children(checkpoints))
     except OSError as error:
@@ -51,6 +46,18 @@ def check_usable(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
         raise UsageError(
             f"{where} holds checkpoints of an earlier run already. "
             f"Go on with it with --resume, or choose another {other}."
+        )
+
+
+def _check_folder(name: str, folder: Path, option: str) -> None:
+    """Raises UsageError unless `folder`, or the nearest of its parents that exists, is a folder to write in."""
+    place = next(path for path in [folder, *folder.absolute().parents] if os.path.lexists(path))
+    if not place.is_dir():
+        raise UsageError(f"{name} {folder}: {place} is a file, not a folder. Choose another {option}.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"{name} {folder} is not writable: no permission to write in {place}. "
+            f"Choose another {option} or change the permissions."
         )
 
 

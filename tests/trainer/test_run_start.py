@@ -66,6 +66,13 @@ def test_a_run_directory_that_cannot_be_made(shards: Path, tmp_path: Path) -> No
     refused(r"not writable", tiny_config(shards), Path("/proc/run"))
 
 
+def test_a_folder_for_checkpoints_that_cannot_be_made(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = tiny_config(shards, checkpoint__folder=str(tmp_path / "file" / "kept"))
+    refused(r"checkpoint.folder = .*file is a file, not a folder. Choose another folder", config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_read_only_place(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(r"not writable: no permission to write in", tiny_config(shards), tmp_path / "run")
