@@ -244,7 +244,7 @@ def test_a_place_that_holds_checkpoints_is_another_runs(root: RemotePath, tmp_pa
 
 def test_addresses(tmp_path: Path) -> None:
     assert str(place_of(Path("s3://bucket/a/b"))) == "s3://bucket/a/b", "a Path loses a slash"
-    assert place_of(tmp_path) == tmp_path and place_of("file:///tmp/x") == Path("/tmp/x")
+    assert place_of(tmp_path) == place_of(tmp_path.as_uri()) == tmp_path
     assert place_of("runs/a") == Path("runs/a")
     with pytest.raises(UsageError, match=r"warp://x/y.*s3://BUCKET"):
         place_of("warp://x/y")
