@@ -13,11 +13,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longspan.errors import EXIT_DIVERGENCE, EXIT_FAULT, EXIT_OK, EXIT_REQUEUE, EXIT_USAGE
+from longspan.cluster import environment
+from longspan.errors import (
+    EXIT_DIVERGENCE,
+    EXIT_FAULT,
+    EXIT_OK,
+    EXIT_READER_GONE,
+    EXIT_REQUEUE,
+    EXIT_USAGE,
+    ClusterError,
+    LongspanError,
+    UsageError,
+)
 
+# the message of a rank that ends because another one does
+FOLLOWED = "another rank ended the run; its own message says why."
 FOLDER_VARIABLE = "LONGSPAN_EXIT_RECORDS"
 # ends that a restart would only repeat
-FINAL_CODES = (EXIT_OK, EXIT_USAGE, EXIT_DIVERGENCE, EXIT_REQUEUE)
+FINAL_CODES = (EXIT_OK, EXIT_USAGE, EXIT_DIVERGENCE, EXIT_REQUEUE, EXIT_READER_GONE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,12 @@ def launcher_listens() -> bool:
     return FOLDER_VARIABLE in os.environ
 
 
+def never_met(message: str) -> LongspanError:
+    """The error of ranks that did not all come: usage, unless a launcher is going to start all of them again."""
+    started, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return ClusterError(message) if launcher_listens() and started < most else UsageError(message)
+
+
 def meet() -> None:
     """Note that all ranks have compared themselves: from now on what ends one of them is known to rank 0."""
     global _met
@@ -65,12 +84,16 @@ def speaks() -> bool:
     """Whether this process says on standard error what ends it, so that there is one message and not one a rank.
 
     Before the ranks have met that is the first process of each host, as others cannot know what happens there; later
-    it is rank 0. With a launcher that listens it is none. A process that does not speak waits a moment before the
-    meeting, as torchrun ends the others with it.
+    it is rank 0. With a launcher that listens it is none. A process whose environment does not say which rank it is
+    speaks for itself. One that does not speak waits a moment before the meeting, as torchrun ends the others with it.
     """
     if launcher_listens():
         return False
-    if os.environ.get("RANK", "0") == "0" or (not _met and os.environ.get("LOCAL_RANK", "0") == "0"):
+    if (
+        not environment.names_a_rank()
+        or os.environ.get("RANK", "0") == "0"
+        or (not _met and os.environ.get("LOCAL_RANK", "0") == "0")
+    ):
         return True
     if not _met:
         time.sleep(_SPEAKER_SECONDS)

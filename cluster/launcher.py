@@ -69,7 +69,7 @@ class NodeLaunch:
         Raises:
             UsageError: `rendezvous` is missing, not HOST:PORT, or its name does not resolve.
         """
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.nodes)]
+        command = [sys.executable, "-m", "longspan.cluster.torchrun", "--nnodes", str(self.nodes)]
         command += ["--nproc-per-node", str(self.processes), "--max-restarts", str(self.max_restarts)]
         if self.nodes == 1:
             command += ["--standalone"]
@@ -145,9 +145,11 @@ class NodeResult:
 
 
 def messages(ends: list[ExitRecord]) -> list[str]:
-    """What workers said at their ends, each text once, earliest first."""
+    """What workers said at their ends, in order of rank, each text once; those that only followed say nothing."""
     said: dict[str, int] = {}
-    for record in ends:
+    for record in sorted(ends, key=lambda end: (end.message == exit_records.FOLLOWED, end.rank)):
+        if said and record.message == exit_records.FOLLOWED:
+            break
         if record.message:
             said.setdefault(record.message, record.rank)
     return [text if rank == 0 else f"rank {rank}: {text}" for text, rank in said.items()]

@@ -8,6 +8,7 @@ this is a world of one that needs no port.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from torch import Tensor
 from longspan.cluster import exit_records, network
 from longspan.cluster.collectives import start_recording
 from longspan.cluster.config import LONGEST_ALLOWANCE, ParallelConfig
+from longspan.cluster.environment import Place, read_place
 from longspan.cluster.preflight import check_ranks, describe_rank
 from longspan.errors import ClusterError, UsageError
 
 T = TypeVar("T")
+
+_CONNECT_SLACK_SECONDS = 5.0  # by then torch has given up by itself, if it does
 
 with warnings.catch_warnings():  # megatron-core says at import that Transformer Engine and Apex are missing
     warnings.simplefilter("ignore")
@@ -125,19 +129,18 @@ class Mesh:
             settings: what has to be the same on all ranks besides; nested, JSON values only.
 
         Raises:
-            UsageError: the number of processes is not a multiple of tp * cp, the port is taken, or the ranks differ
-                in settings or kind of device.
-            ClusterError: the other processes cannot be reached.
+            ConfigError: torchrun's variables are wrong; lists all of them.
+            UsageError: the number of processes is not a multiple of tp * cp, the port is taken, the ranks differ in
+                settings or kind of device, or some of them do not come.
+            ClusterError: some do not come, and the launcher starts all of them again.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        replica = parallel.tp * parallel.cp
-        if "RANK" not in os.environ:
-            _check_factors(world_size, parallel)
-        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
+        place = read_place()
+        world_size, local_rank = place.world_size, place.local_rank
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
         # a hung rank is the watchdog's to name, within each phase's own limit; a collective gives up only after that
         timeout = timedelta(seconds=parallel.timeout_seconds * LONGEST_ALLOWANCE)
-        _join(kind, parallel, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
+        _join(place, kind, parallel, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
         if kind == "cuda":
             torch.cuda.set_device(local_rank)
         parallel_state.initialize_model_parallel(
@@ -151,10 +154,10 @@ class Mesh:
             rank=dist.get_rank(),
             world_size=world_size,
             local_rank=local_rank,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            local_world_size=place.local_world_size,
             device=torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"),
             dp_rank=int(parallel_state.get_data_parallel_rank()),
-            dp_size=world_size // replica,
+            dp_size=world_size // (parallel.tp * parallel.cp),
             cp_rank=int(parallel_state.get_context_parallel_rank()),
             cp_size=parallel.cp,
             tp_rank=int(parallel_state.get_tensor_model_parallel_rank()),
@@ -242,7 +245,7 @@ class Mesh:
         if error is not None:
             raise error
         if code:
-            ended = ClusterError("another rank ended the run; its own message says why.")
+            ended = ClusterError(exit_records.FOLLOWED)
             ended.exit_code = code
             raise ended
         return cast(T, value)
@@ -270,48 +273,77 @@ def _check_factors(world_size: int, parallel: ParallelConfig) -> None:
         )
 
 
-def _reach(rank: int, world_size: int, address: str, port: str, seconds: float) -> None:
+def _reach(place: Place, seconds: float) -> None:
     """Wait until rank 0's host answers: torch's own attempt may take several times the timeout, and says less.
 
     Raises:
-        UsageError: it does not. ClusterError: the same under a launcher, which may try again.
+        UsageError: it does not. ClusterError: the same, and the launcher starts all ranks again.
     """
-    error = network.unreachable(address, int(port), seconds)
+    error = network.unreachable(place.address, int(place.port or 0), seconds)
     if error is not None:
-        kind = ClusterError if exit_records.launcher_listens() else UsageError
-        raise kind(
-            f"rank {rank} of {world_size}: nobody answers at MASTER_ADDR:MASTER_PORT = {address}:{port} within "
-            f"{seconds:.0f} s ({error}). Start rank 0 there, check address, port and firewall from this host, or wait "
-            f"longer with parallel.timeout_seconds."
+        raise exit_records.never_met(
+            f"rank {place.rank} of {place.world_size}: nobody answers at MASTER_ADDR:MASTER_PORT = "
+            f"{place.address}:{place.port} within {seconds:.0f} s ({error}). Start rank 0 there, check address, port "
+            f"and firewall from this host, or wait longer with parallel.timeout_seconds."
         ) from error
 
 
-def _join(kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dict[str, Any]) -> None:
+def _meeting_place(place: Place, timeout: timedelta) -> dist.Store:
+    """The store in which the ranks meet: rank 0 serves it, or torchrun's agent does.
+
+    As torch's `env://`, but it does not wait for the others: `check_ranks` does, and can say who did not come.
+    """
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                place.address,
+                int(place.port or 0),
+                place.world_size,
+                is_master=place.rank == 0 and not served,
+                timeout=timeout,
+                wait_for_workers=False,
+                multi_tenant=not served,
+            )
+            found.append(store)
+        except Exception as error:
+            found.append(error)
+
+    # in a thread: of a program that listens there and says nothing torch would wait for an answer for ever
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + _CONNECT_SLACK_SECONDS)
+    if not found:
+        raise RuntimeError(f"what listens there gives no answer within {timeout.total_seconds():.0f} s.")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dict[str, Any]) -> None:
     """Initialise torch's default process group from torchrun's environment, or alone.
 
     Args:
-        kind: "cpu" or "cuda". parallel: sizes, and the longest wait for the other ranks. timeout: longest collective.
+        place: of this process. kind: "cpu" or "cuda".
+        parallel: sizes, and the longest wait for the other ranks. timeout: longest collective.
         settings: what has to be the same on all ranks.
     """
     backend = "nccl" if kind == "cuda" else "gloo"
     if dist.is_initialized():
         raise ClusterError("a process group exists already in this process; close the other mesh first.")
-    alone = "RANK" not in os.environ and "MASTER_PORT" not in os.environ
-    if alone:
+    if place.port is None:
+        _check_factors(1, parallel)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.get("MASTER_PORT")
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if port is None:
-        raise UsageError(
-            f"RANK = {rank} is set, but MASTER_PORT is not. Start with torchrun, which sets both, or unset RANK."
-        )
+    rank, world_size, address, port = place.rank, place.world_size, place.address, place.port
+    os.environ.setdefault("MASTER_ADDR", address)
     join_seconds, compared = parallel.timeout_seconds, False
     if rank != 0:
-        _reach(rank, world_size, address, port, join_seconds)
+        _reach(place, join_seconds)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=join_seconds)))
+        store = _meeting_place(place, timedelta(seconds=join_seconds))
         check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
         _check_factors(world_size, parallel)  # all ranks have the same sizes, so all say so
         compared = True
@@ -325,8 +357,9 @@ def _join(kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dic
                 f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {network.free_port()}."
             ) from error
         # another program at that address will not go away by itself; a launcher may have chosen it anew
-        cause = ClusterError if compared or exit_records.launcher_listens() else UsageError
-        raise cause(
-            f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {text.splitlines()[0]} "
+        first = text.splitlines()[0].rstrip(".")
+        kind_of_error = ClusterError if compared else exit_records.never_met
+        raise kind_of_error(
+            f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {first}. "
             f"Check that all of them were started and that the address is reachable from this host."
         ) from error

@@ -18,9 +18,17 @@ def split_endpoint(text: str) -> tuple[str, int]:
     Raises:
         UsageError: it is written otherwise, or the port is not 1 to 65535.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    found = split_address(text)
+    if found is None:
         raise UsageError(f"--rendezvous {text}: write it as HOST:PORT with a port of 1 to 65535, e.g. node1:29400.")
+    return found
+
+
+def split_address(text: str) -> tuple[str, int] | None:
+    """HOST and PORT of "HOST:PORT"; None if it is written otherwise, or the port is not 1 to 65535."""
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        return None
     return host, int(port)
 
 

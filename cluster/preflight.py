@@ -6,7 +6,6 @@ and everybody reads the verdict, so all ranks end alike, with one message. It co
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +13,7 @@ import logging
 import os
 import platform
 import socket
-from datetime import timedelta
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from longspan.cluster import exit_records
-from longspan.errors import ClusterError, UsageError
+from longspan.errors import UsageError
 
 _LOG = logging.getLogger("longspan.cluster.preflight")
 _PACKAGES = ("torch", "numpy", "deepspeed", "megatron-core", "triton", "safetensors", "longspan")
 _MOST_LISTED = 20
 _LINGER_SECONDS = 10.0
+_ASK_SECONDS = 0.05
 
 
 def describe_rank(settings: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
     Raises:
         UsageError: on all ranks: settings or kinds of device differ (names ranks and fields), or a host has fewer
             GPUs than processes.
-        ClusterError: some ranks did not come in time; names them on rank 0.
+        UsageError: on all ranks that are there: others did not come in time (names them).
+        ClusterError: the same, and the launcher starts all ranks again.
     """
-    timeout = timedelta(seconds=timeout_seconds)
     store = dist.PrefixStore("longspan-preflight", store)
     if rank == 0:
         store.set("reference", json.dumps(mine))
-    reference = json.loads(_wait(store, "reference", timeout))
+    reference = json.loads(_read(store, "reference", timeout_seconds))
     report = {
         "where": f"rank {rank} on host {mine['host']}",
         "problem": mine["problem"],
@@ -107,22 +107,22 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
     }
     store.set(f"report/{rank}", json.dumps(report))
     if rank == 0:
-        store.set("verdict", json.dumps(_collect(store, world_size, timeout)))
+        store.set("verdict", json.dumps(_collect(store, world_size, timeout_seconds)))
     # rank 0 itself may use up the whole timeout
-    verdict = json.loads(_wait(store, "verdict", 2 * timeout))
+    verdict = json.loads(_read(store, "verdict", 2 * timeout_seconds))
     exit_records.meet()
     store.set(f"read/{rank}", "")
     if rank == 0 and (verdict["missing"] or verdict["problems"]):
-        with contextlib.suppress(dist.DistError):  # the store ends with this process: first the others read from it
-            present = [other for other in range(world_size) if other not in verdict["missing"]]
-            store.wait([f"read/{other}" for other in present], timedelta(seconds=_LINGER_SECONDS))
+        # the store ends with this process: first the others read from it
+        present = [other for other in range(world_size) if other not in verdict["missing"]]
+        _come(store, [f"read/{other}" for other in present], _LINGER_SECONDS)
     for line in verdict["warnings"]:
         _LOG.warning(line)
     if verdict["missing"]:
-        raise ClusterError(
-            f"rank{'s' if len(verdict['missing']) > 1 else ''} {', '.join(map(str, verdict['missing']))} of "
-            f"{world_size} did not come within {timeout_seconds:.0f} s. Look at their own messages, or wait longer "
-            f"with parallel.timeout_seconds."
+        names = ", ".join(_shortened([str(number) for number in verdict["missing"]]))
+        raise exit_records.never_met(
+            f"rank{'s' if len(verdict['missing']) > 1 else ''} {names} of {world_size} did not come within "
+            f"{timeout_seconds:.0f} s. Look at their own messages, or wait longer with parallel.timeout_seconds."
         )
     if verdict["problems"]:
         raise UsageError(
@@ -132,14 +132,13 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
         )
 
 
-def _collect(store: dist.Store, world_size: int, timeout: timedelta) -> dict[str, list[Any]]:
+def _collect(store: dist.Store, world_size: int, timeout_seconds: float) -> dict[str, list[Any]]:
     """On rank 0: what is wrong with any rank."""
     problems, warnings = [], []
-    try:
-        store.wait([f"report/{rank}" for rank in range(world_size)], timeout)
-    except dist.DistError:
+    if not _come(store, [f"report/{rank}" for rank in range(world_size)], timeout_seconds):
         missing = [rank for rank in range(world_size) if not store.check([f"report/{rank}"])]
-        return {"problems": [], "warnings": [], "missing": missing}
+        if missing:
+            return {"problems": [], "warnings": [], "missing": missing}
     for rank in range(world_size):
         report = json.loads(store.get(f"report/{rank}"))
         if report["problem"]:
@@ -153,14 +152,24 @@ def _collect(store: dist.Store, world_size: int, timeout: timedelta) -> dict[str
     return {"problems": _shortened(problems), "warnings": _shortened(warnings), "missing": []}
 
 
-def _wait(store: dist.Store, key: str, timeout: timedelta) -> bytes:
-    try:
-        store.wait([key], timeout)
-    except dist.DistError as error:
-        raise ClusterError(
-            f"rank 0 said nothing within {timeout.total_seconds():.0f} s. Look at its own message."
-        ) from error
+def _read(store: dist.Store, key: str, timeout_seconds: float) -> bytes:
+    """What rank 0 put there; raises if it does not."""
+    if not _come(store, [key], timeout_seconds):
+        raise exit_records.never_met(f"rank 0 said nothing within {timeout_seconds:.0f} s. Look at its own message.")
     return bytes(store.get(key))
+
+
+def _come(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool:
+    """Whether all keys are there within the timeout.
+
+    Asks again and again: no signal gets through while a process is in the store's own `wait`.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_ASK_SECONDS)
+    return True
 
 
 def _shortened(lines: list[str]) -> list[str]:

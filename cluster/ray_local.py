@@ -28,6 +28,8 @@ DEFAULT_TOKEN = Path(".ray") / "auth_token"  # below the home directory, where R
 CONNECT_SECONDS = 10.0
 START_TRIES = 3  # Ray gives itself 30 seconds, too few on a machine that is very busy
 _ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0" * 5  # RFC 9113, 3.4
 _PREFIX = "longspan-ray-"
 _OWNER = "owner"
 
@@ -95,26 +97,49 @@ def _start(ray: Any, cpus: int, gpus: int, folder: Path) -> None:
 
 @contextmanager
 def _running_cluster(address: str) -> Iterator[Any]:
+    try:
+        knock(address)
+        _greet(address)
+    except OSError as error:
+        raise _nobody_at(address, error) from error
     with _environment({**_ENVIRONMENT, **_private_token(), "RAY_ADDRESS": None}):
         ray = _import_ray()
         try:
             try:
-                _knock(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except Exception as error:
-                brief = " ".join(str(error).split())[:300]
-                raise ClusterError(
-                    f"no Ray cluster at --address {address} ({type(error).__name__}: {brief}). Start it with "
-                    f"RAY_AUTH_MODE=token and the token of RAY_AUTH_TOKEN_PATH, or leave --address out for a cluster "
-                    f"of this command's own."
-                ) from error
+                raise _nobody_at(address, error) from error
             yield ray
         finally:
             ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Ray itself waits for minutes where nobody answers.
+def _nobody_at(address: str, error: Exception) -> ClusterError:
+    brief = " ".join(str(error).split())[:300]
+    return ClusterError(
+        f"no Ray cluster at --address {address} ({type(error).__name__}: {brief}). Start it with RAY_AUTH_MODE=token "
+        f"and the token of RAY_AUTH_TOKEN_PATH, or leave --address out for a cluster of this command's own."
+    )
+
+
+def _greet(address: str) -> None:
+    """See that whoever listens speaks HTTP/2, as gRPC does: Ray waits for minutes for one that is silent or stopped.
+
+    Raises:
+        OSError: it does not.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as connection:
+        connection.sendall(_HTTP2_PREFACE)
+        answer = connection.recv(9)  # the head of a frame: length, type, flags, stream
+        if answer[3:4] != _HTTP2_SETTINGS:
+            raise ConnectionError(f"what listens there is no Ray: it begins with {answer!r}")
+
+
+def knock(address: str) -> None:
+    """See whether anybody listens at HOST:PORT or ray://HOST:PORT: Ray itself waits for minutes where nobody does.
 
     Raises:
         OSError: nobody does.

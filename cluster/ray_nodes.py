@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from longspan.cluster import network
+from longspan.cluster.ray_local import knock
 from longspan.errors import EXIT_FAULT, EXIT_OK, ClusterError
 
 _TICK_SECONDS = 0.5
@@ -31,9 +32,14 @@ def connect(address: str) -> Any:
     except ImportError as error:
         raise ClusterError(f"launching on Ray needs ray, which cannot be imported ({error}). Install `ray`.") from error
     try:
+        knock(address)
         ray.init(address=address, log_to_driver=True, configure_logging=False)
     except Exception as error:
-        raise ClusterError(f"no Ray cluster at --address {address} ({type(error).__name__}: {error}).") from error
+        brief = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"no Ray cluster at --address {address} ({type(error).__name__}: {brief}). Start it with "
+            f"`ray start --head`, or name the address of one that runs."
+        ) from error
     return ray
 
 

@@ -272,8 +272,9 @@ class Watchdog:
             faulthandler.dump_traceback(file=sys.__stderr__ or 2)
             os.write(2, "\n".join(["Last collectives:", *recorder().lines()[-_SHOWN_CALLS:], ""]).encode())
         message = f"{verdict.message} All ranks end; go on from the last checkpoint with --resume."
-        os.write(2, f"longspan: rank {self._rank}: {message}\n".encode())
         exit_records.note(message)
+        if not exit_records.launcher_listens():  # which says it once for all ranks
+            os.write(2, f"longspan: rank {self._rank}: {message}\n".encode())
         os._exit(exit_records.leave(verdict.exit_code))
 
     def _dump(self, verdict: Verdict) -> None:

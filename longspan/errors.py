@@ -2,12 +2,15 @@
 
 Every message says what happened, the offending value, what is allowed, and what to do next.
 Exit codes: 0 done, 1 unexpected, 2 bad configuration or usage, 70 fault, 71 hang, 72 divergence,
-75 stopped by a signal with everything saved.
+75 stopped by a signal with everything saved; as any program's 141 if nobody reads its output any more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -16,12 +19,19 @@ EXIT_FAULT = 70
 EXIT_HANG = 71
 EXIT_DIVERGENCE = 72
 EXIT_REQUEUE = 75
+EXIT_READER_GONE = 128 + 13  # what a shell sees of a program that SIGPIPE ends
 
 
 class LongspanError(Exception):
-    """Root of all errors that Longspan raises on purpose."""
+    """Root of all errors that Longspan raises on purpose.
+
+    Attributes:
+        exit_code: that it ends a command with.
+        done: what the command came to before, as its `--json` would have said; goes with the message there.
+    """
 
     exit_code = EXIT_UNEXPECTED
+    done: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

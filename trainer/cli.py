@@ -11,13 +11,16 @@ import argparse
 import importlib
 import json
 import os
+import select
 import sys
 import traceback
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from longspan import __version__
 from longspan.cluster import exit_records
-from longspan.errors import EXIT_OK, EXIT_UNEXPECTED, LongspanError, UsageError
+from longspan.errors import EXIT_OK, EXIT_READER_GONE, EXIT_UNEXPECTED, LongspanError, UsageError
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -30,6 +33,28 @@ OPENMP_SPIN_COUNT = "30000"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (docs/architecture.md)."""
     try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # not at the interpreter's end, which would complain
+    except (OSError, _ReaderGone) as error:  # of standard output: everything else ends in `_run`
+        gone = isinstance(error, _ReaderGone) or (isinstance(error, BrokenPipeError) and _reader_gone())
+        reason = getattr(error, "strerror", None)
+        message = "" if gone else f"cannot write to standard output: {reason}"
+        exit_records.note(message or "nobody reads its output any more.")
+        if message:
+            print(f"longspan: {message}", file=sys.stderr, flush=True)
+        _drop_output()
+        return EXIT_READER_GONE if gone else EXIT_UNEXPECTED
+
+
+class _ReaderGone(Exception):
+    """Nobody reads standard output any more, as after `| head`."""
+
+
+def _run(argv: list[str] | None) -> int:
+    try:
         args = build_parser().parse_args(argv)
     except UsageError as error:
         raise SystemExit(_fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)) from None
@@ -37,10 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = importlib.import_module(f"longspan.trainer.commands.{args.module}").run(args)
     except LongspanError as error:
-        return _fail(args.json, str(error), error.exit_code)
+        return _fail(args.json, str(error), error.exit_code, error.done)
     except KeyboardInterrupt:
         return _fail(args.json, "interrupted", 130)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # so rich ends a program that nobody reads
+            raise _ReaderGone from error
+        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            raise _ReaderGone from error
         traceback.print_exc()
         return _fail(args.json, f"unexpected {type(error).__name__}: {error}", EXIT_UNEXPECTED)
     exit_records.note(result=result)
@@ -49,12 +80,31 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _fail(as_json: bool, message: str, exit_code: int) -> int:
+_OUTPUTS = (1, 2)  # file descriptors of standard output and error
+
+
+def _reader_gone() -> bool:
+    """Whether standard output or error is a pipe that nobody reads, as after `| head`, and not some other pipe."""
+    look = select.poll()
+    for descriptor in _OUTPUTS:
+        look.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in look.poll(0))
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere: it would be written, and fail, when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in _OUTPUTS:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _fail(as_json: bool, message: str, exit_code: int, done: Mapping[str, Any] = MappingProxyType({})) -> int:
     exit_records.note(message)
     if exit_records.speaks():
         print(f"longspan: {message}", file=sys.stderr, flush=True)
         if as_json:
-            print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
+            print(json.dumps({**done, "error": message, "exit_code": exit_code}), flush=True)
     return exit_code
 
 

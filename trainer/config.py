@@ -145,6 +145,19 @@ def _batch_problems(config: RunConfig) -> list[Problem]:
     return []
 
 
+def lane_problems(config: RunConfig, dp: int) -> list[Problem]:
+    """What is wrong with the recipe's lanes for `dp` data-parallel ranks, and not for one."""
+    lanes, micro = config.data.lanes, config.training.micro_batch_lanes
+    if lanes % micro or lanes % (dp * micro) == 0:
+        return []
+    smaller = "" if lanes % dp else f", or use training.micro_batch_lanes: {lanes // dp}"
+    what = (
+        f"do not divide over {dp} data-parallel ranks in micro-batches of training.micro_batch_lanes = {micro}. "
+        f"Make lanes a multiple of {dp * micro}{smaller}."
+    )
+    return [Problem(f"data.lanes = {lanes}", what)]
+
+
 def _engine_problems(config: RunConfig) -> list[Problem]:
     stage = config.parallel.zero_stage
     problems = []

@@ -13,7 +13,8 @@ from longspan.data_pipeline.reader import LaneReader
 from longspan.errors import CheckpointError, DivergenceError, Stopped, UsageError
 from longspan.modeling.model import build_model
 from longspan.trainer.checkpoint.background import Saved, SaveStalls
-from longspan.trainer.config import RunConfig
+from longspan.trainer.checkpoint.ownership import Claim
+from longspan.trainer.config import RunConfig, lane_problems
 from longspan.trainer.corpus_tokenizer import corpus_tokenizer
 from longspan.trainer.data_source import DataSource, open_data
 from longspan.trainer.device import process_age_seconds, set_threads
@@ -62,10 +63,13 @@ def train(
         try:
             _check_lanes(config, mesh)
             mesh.on_rank_zero(lambda: directories.append(RunDirectory(run_dir)))
-            recorder = Recorder(config, run_dir, mesh, directories[0] if directories else None)
+            directory = directories[0] if directories else None
+            recorder = Recorder(config, run_dir, mesh, directory)
+            mesh.on_rank_zero(lambda: directories[0].claim(config, resume=resume, note=recorder.progress.note))
             limit = config.parallel.timeout_seconds
             with Watchdog(mesh.rank, mesh.world_size, limit, mesh.gather, run_dir / "hang") as watchdog:
-                run = Run(config, run_dir, mesh, source, stop, recorder, watchdog)
+                claim = directory.checkpoints if directory else None
+                run = Run(config, run_dir, mesh, source, stop, recorder, watchdog, claim)
                 return run.execute(resume, init_from, fork_data)
         finally:
             for directory in directories:
@@ -74,12 +78,8 @@ def train(
 
 
 def _check_lanes(config: RunConfig, mesh: Mesh) -> None:
-    lanes, micro = config.data.lanes, config.training.micro_batch_lanes
-    if lanes % (mesh.dp_size * micro):
-        raise UsageError(
-            f"data.lanes = {lanes} do not divide over {mesh.dp_size} data-parallel ranks in micro-batches of "
-            f"training.micro_batch_lanes = {micro}. Make lanes a multiple of {mesh.dp_size * micro}."
-        )
+    for problem in lane_problems(config, mesh.dp_size):
+        raise UsageError(str(problem))
 
 
 class Run:
@@ -94,9 +94,10 @@ class Run:
         stop: StopRequest,
         recorder: Recorder,
         watchdog: Watchdog,
+        claim: Claim | None,
     ) -> None:
-        """Args: as in `train`; watchdog: is told what phase this process is in."""
-        self.watchdog = watchdog
+        """Args: as in `train`; watchdog: is told what phase this process is in; claim: of the checkpoints' folder."""
+        self.watchdog, self.claim = watchdog, claim
         self.config, self.run_dir, self.mesh, self.source = config, run_dir, mesh, source
         self.stop, self.recorder, self.note = stop, recorder, recorder.progress.note
         self.threads = set_threads(config.training.threads, mesh.local_world_size)
@@ -132,7 +133,7 @@ class Run:
             status = "FAILED"
             try:
                 self._record_start(resumed)
-                self.checkpoints.warn_of_shortage()
+                self.checkpoints.warn_of_place()
                 self._train()
                 status = "FINISHED"
             except Stopped:
@@ -152,7 +153,7 @@ class Run:
         self.engine = Engine(model, config, mesh, self.source.manifest.vocabulary.eos)
         self.lanes = Lanes(self.engine, config.data.lanes, config.training.micro_batch_lanes)
         self.checkpoints = Checkpoints(
-            config, checkpoint_root(config, self.run_dir), self.engine, self.lanes, self.source, self.note
+            config, checkpoint_root(config, self.run_dir), self.engine, self.lanes, self.source, self.note, self.claim
         )
         self.validation = Validation(
             config,
@@ -223,11 +224,11 @@ class Run:
                 self._save()
             if self._due(config.validation.interval_steps):
                 self._validate()
-        self._join_save()
-        if self.saved_step != self.step:
+        if not self._save_at_last():
             raise CheckpointError(
                 f"training is finished, but its last step {self.step} could not be saved. "
-                f"{self.checkpoints.last_good()} Free disk space and run the same command with --resume."
+                f"{self.checkpoints.last_good()} Mend what the messages above name, then run the same command with "
+                f"--resume."
             )
 
     def _one_step(self) -> StepResult:
@@ -291,6 +292,15 @@ class Run:
             self.recorder.record("checkpoint_failure", saved.step, error=result.error, seconds=result.seconds, **times)
             self.note(str(result.error))
 
+    def _save_at_last(self) -> bool:
+        """Wait for the save that goes on; try once more if this step is not saved or was removed. Whether it is."""
+        self._join_save()
+        if self.saved_step != self.step or not self.checkpoints.is_there(self.step):
+            self.saved_step = None
+            self._save()
+            self._join_save()
+        return self.saved_step == self.step
+
     def _abandon(self) -> None:
         """Let a save end that goes on while the run fails, and hide nothing of why it does."""
         try:
@@ -326,11 +336,7 @@ class Run:
             CheckpointError: the save failed.
         """
         signal_name = self.stop.received or "a signal on another rank"
-        self._join_save()
-        if self.saved_step != self.step:
-            self._save()
-            self._join_save()
-        if self.saved_step != self.step:
+        if not self._save_at_last():
             raise CheckpointError(
                 f"stopped by {signal_name}, and step {self.step} could not be saved. {self.checkpoints.last_good()}"
             )

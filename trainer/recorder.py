@@ -21,7 +21,8 @@ class Recorder:
     """Every rank has one and calls it alike; those other than 0 write and print nothing.
 
     Attributes:
-        progress: the person's view. tracking_uri: where metrics go besides the log; None before `open`.
+        progress: the person's view. tracking_uri: where metrics go besides the log; None before `open`
+            and if they go nowhere else.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh, directory: RunDirectory | None) -> None:
@@ -52,7 +53,8 @@ class Recorder:
             self._log = RunLog(self._run_dir, keep_through_step)
             self._tracker = Tracker(self._run_dir, self._config)
             self._tracker.start()
-            self.tracking_uri = self._tracker.uri
+            if self._config.tracking.enabled:
+                self.tracking_uri = self._tracker.uri
 
         self._mesh.on_rank_zero(work)
 

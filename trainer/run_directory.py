@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from longspan.errors import UsageError
 from longspan.trainer.checkpoint.manifest import step_of
-from longspan.trainer.checkpoint.places import Place, children, place_of
+from longspan.trainer.checkpoint.ownership import Claim, Identity, claim, foreign, read_owner
+from longspan.trainer.checkpoint.places import Place, RemotePath, children, place_of
 from longspan.trainer.checkpoint.verify import CHECKPOINTS
 from longspan.trainer.config import RunConfig
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
+ID_FILE = "run_id"
 
 
 def checkpoint_root(config: RunConfig, run_dir: Path) -> Place:
@@ -27,13 +31,30 @@ def check_usable(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
     """See whether a run may start here, before anything is written.
 
     Raises:
-        UsageError: the directory cannot be written to, the place of the checkpoints cannot be reached, or it holds
-            checkpoints and `resume` is not asked for.
+        UsageError: the directory cannot be written to, the place of the checkpoints cannot be reached or is of one
+            process's memory and there are several, or `resume` is not asked for and it holds checkpoints or is
+            another run's.
     """
     _check_folder("run directory", run_dir, "--run-dir")
     if isinstance(checkpoints, Path) and checkpoints != run_dir / CHECKPOINTS:
         _check_folder("checkpoint.folder =", checkpoints, "folder")
+    check_unused(run_dir, checkpoints, resume=resume)
+
+
+def check_unused(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
+    """See whether no other run is here already, for a host that may see less of the place than the run will.
+
+    Raises:
+        UsageError: the checkpoints' place cannot be reached, or it holds some and `resume` is not asked for.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if isinstance(checkpoints, RemotePath) and checkpoints.is_volatile and world_size > 1:
+        raise UsageError(
+            f"checkpoint.folder = {checkpoints} is the memory of one process, and there are {world_size}: each would "
+            f"have a part of a checkpoint. Use a folder that all of them see, or a store like s3://BUCKET/FOLDER."
+        )
     try:
+        owner = read_owner(checkpoints)
         holds_some = any(step_of(folder) is not None for folder in children(checkpoints))
     except OSError as error:
         raise UsageError(
@@ -44,9 +65,29 @@ def check_usable(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
         where = checkpoints if checkpoints != run_dir / CHECKPOINTS else run_dir
         other = "--run-dir" if where == run_dir else "checkpoint.folder"
         raise UsageError(
-            f"{where} holds checkpoints of an earlier run already. "
+            f"{where} holds checkpoints of an earlier run already{f': {owner}' if owner else ''}. "
             f"Go on with it with --resume, or choose another {other}."
         )
+    if owner and not resume and owner.run != _run_id(run_dir):
+        raise UsageError(foreign(checkpoints, owner))
+
+
+def _run_id(run_dir: Path) -> str | None:
+    """The id of the run that a directory belongs to; None before its first start."""
+    try:
+        return (run_dir / ID_FILE).read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def identity_of(config: RunConfig, run_dir: Path) -> Identity:
+    """What the run says about itself to the owner of a folder of checkpoints."""
+    fixed = {
+        "model": config.model.model_dump(mode="json", exclude={"name", "dropout"}),
+        "optimizer": config.optimizer.name,
+    }
+    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    return Identity(_run_id(run_dir), config.name, config.seed, digest, str(run_dir.absolute()))
 
 
 def _check_folder(name: str, folder: Path, option: str) -> None:
@@ -64,6 +105,9 @@ def _check_folder(name: str, folder: Path, option: str) -> None:
 class RunDirectory:
     """An open run directory with its lock held; rank 0 has one.
 
+    Attributes:
+        checkpoints: claim of the folder of its checkpoints; None before `claim`.
+
     The lock is the kernel's (flock), so it ends with the process that holds it, however that ends; the file's text
     only says who that is.
     """
@@ -76,6 +120,8 @@ class RunDirectory:
         """
         self.path = path
         self._made = not path.exists()
+        self._named = self._started = False
+        self.checkpoints: Claim | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -97,14 +143,37 @@ class RunDirectory:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
+    def claim(self, config: RunConfig, *, resume: bool, note: Callable[[str], None]) -> None:
+        """Take the folder of the checkpoints for this run.
+
+        Raises:
+            UsageError: it belongs to another run or is in use (names it), or cannot be written to.
+        """
+        root = checkpoint_root(config, self.path)
+        identity = identity_of(config, self.path)
+        self.checkpoints = claim(root, identity, resume=resume, remember=self._remember, note=note)
+
+    def _remember(self, run: str) -> None:
+        if _run_id(self.path) != run:
+            self._named = True
+            self._write(ID_FILE, f"{run}\n")
+
     def write_config(self, text: str) -> None:
-        """Put the resolved configuration at RUN/config.yaml, whole or not at all."""
-        temporary = self.path / f".{CONFIG_FILE}.tmp"
+        """Put the resolved configuration at RUN/config.yaml, whole or not at all: the run has started."""
+        self._started = True
+        self._write(CONFIG_FILE, text)
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / CONFIG_FILE)
+        os.replace(temporary, self.path / name)
 
     def release(self) -> None:
-        """Let another trainer in; a directory made for a run that then could not start goes away again."""
+        """Let another trainer in; what was made for a run that then could not start goes away again."""
+        if self.checkpoints:
+            self.checkpoints.release(unused=not self._started)
+        if self._named and not self._started:
+            (self.path / ID_FILE).unlink(missing_ok=True)
         if self._made and os.listdir(self.path) == [LOCK_FILE]:
             (self.path / LOCK_FILE).unlink()
             self.path.rmdir()

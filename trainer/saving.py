@@ -18,7 +18,10 @@ from longspan.trainer.checkpoint import rng
 from longspan.trainer.checkpoint.background import BackgroundSaver, Saved
 from longspan.trainer.checkpoint.contents import Place, RunState, divide
 from longspan.trainer.checkpoint.free_space import shortage
+from longspan.trainer.checkpoint.manifest import COMMITTED, step_folder_name
+from longspan.trainer.checkpoint.ownership import Claim
 from longspan.trainer.checkpoint.places import Place as Folder
+from longspan.trainer.checkpoint.places import RemotePath
 from longspan.trainer.checkpoint.snapshot import Snapshot, Source
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.config import RunConfig
@@ -62,10 +65,12 @@ class Checkpoints:
         lanes: Lanes,
         source: DataSource,
         note: Callable[[str], None],
+        claim: Claim | None,
     ) -> None:
-        """Args: root: where they go; note: takes messages for the person at the terminal."""
+        """Args: root: where they go; note: takes messages for the person; claim: of `root`, on rank 0."""
         self._config, self._engine, self._lanes, self._source, self._note = config, engine, lanes, source, note
         self._tokenizer = tokenizer_files(source.manifest)
+        self._known: Folder | None = None  # the newest published checkpoint that this process has seen
         self.reader = self._open_reader()
         mesh = engine.mesh
         timeout = timedelta(seconds=config.parallel.timeout_seconds * LONGEST_ALLOWANCE)
@@ -78,6 +83,7 @@ class Checkpoints:
             keep_last=config.checkpoint.keep_last,
             milestone_interval_steps=config.checkpoint.milestone_interval_steps,
             warn=note,
+            claim=claim,
         )
         sizes = engine.parameter_sizes()
         self._share = set(divide([sizes] * mesh.world_size)[mesh.rank])
@@ -122,15 +128,25 @@ class Checkpoints:
 
     def finished(self) -> Saved | None:
         """The outcome of a save that has ended on this rank, once. Raises what is no disk error."""
-        return self._saver.finished()
+        return self._remember(self._saver.finished())
 
     def join(self, timeout_seconds: float | None = None) -> Saved | None:
         """Wait for the save that goes on, if there is one; its outcome, once. Raises what is no disk error."""
-        return self._saver.join(timeout_seconds)
+        return self._remember(self._saver.join(timeout_seconds))
 
-    def warn_of_shortage(self) -> None:
-        """Say on rank 0 that the disk will be full before the run has all the checkpoints that it keeps."""
+    def _remember(self, saved: Saved | None) -> Saved | None:
+        if saved is not None and saved.result.ok:
+            self._known = saved.result.path
+        return saved
+
+    def warn_of_place(self) -> None:
+        """Say on rank 0 that the place of the checkpoints will be full before the run's end, or goes away with it."""
         if self._engine.mesh.rank == 0:
+            if isinstance(self._store.root, RemotePath) and self._store.root.is_volatile:
+                self._note(
+                    f"checkpoint.folder = {self._store.root} is this process's memory: its checkpoints vanish with the "
+                    f"process, and no --resume will find them"
+                )
             size = _BYTES_A_PARAMETER * sum(self._sizes.values())
             text = shortage(self._store.root, size, self._config.checkpoint.keep_last, len(self._store.committed()))
             if text:
@@ -150,6 +166,7 @@ class Checkpoints:
         if found is None:
             return None
         state, folder = found
+        self._known = folder
         vocabulary = self._source.manifest.vocabulary
         trained = state.data.get("plan", {}).get("vocabulary_digest", vocabulary.digest)
         check_tokenizer(trained, vocabulary, str(folder), self._config.data.shards)
@@ -205,9 +222,21 @@ class Checkpoints:
         return sum(reset for reset, _ in of_groups), sum(new for _, new in of_groups)
 
     def newest(self) -> Folder | None:
-        """The newest published checkpoint."""
-        committed = self._store.committed()
+        """The newest published checkpoint; where nobody can say, the newest that this process knows of."""
+        try:
+            committed = self._store.committed()
+        except OSError:  # an end must not look like another one because a store is down
+            return self._known
         return committed[-1] if committed else None
+
+    def is_there(self, step: int) -> bool:
+        """Whether a checkpoint that was published has not been removed since; every rank must ask."""
+        folder = self._store.root / step_folder_name(step)
+        try:
+            found = (folder / COMMITTED).is_file()
+        except OSError:  # as in `newest`
+            found = folder == self._known
+        return self._engine.mesh.any_rank(found)
 
     def last_good(self) -> str:
         """A sentence that names the newest published checkpoint."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,7 +247,8 @@ def test_addresses(tmp_path: Path) -> None:
     assert str(place_of(Path("s3://bucket/a/b"))) == "s3://bucket/a/b", "a Path loses a slash"
     assert place_of(tmp_path) == place_of(tmp_path.as_uri()) == tmp_path
     assert place_of("runs/a") == Path("runs/a")
-    with pytest.raises(UsageError, match=r"warp://x/y.*s3://BUCKET"):
+    assert str(place_of("S3://Bucket/a")) == "s3://Bucket/a" and place_of(f"FILE://{tmp_path}") == tmp_path
+    with pytest.raises(UsageError, match=r"warp://x/y.*s3://BUCKET.*s3:// .*gs:// .*az:// .*memory://"):
         place_of("warp://x/y")
     config = RunConfig.model_validate(
         {
@@ -258,6 +260,21 @@ def test_addresses(tmp_path: Path) -> None:
         }
     )
     assert str(checkpoint_root(config, tmp_path)).startswith("memory://")
+
+
+@pytest.mark.parametrize(
+    ("address", "package", "extra"), [("gs://b/a", "gcsfs", "gcs"), ("AZ://b/a", "adlfs", "azure")]
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, address: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"{package}.*pip install 'longspan\[{extra}\]'"):
+        place_of(address)
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert any(requirement.startswith(package) for requirement in extras[extra])
 
 
 def test_a_run_goes_on_from_the_store(root: RemotePath, server: ObjectServer, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_the_first_end_that_is_not_0_decides() -> None:
     assert exit_records.agreed_code([]) == 70
 
 
+def test_messages_come_in_order_of_rank_each_once() -> None:
+    said = [(3, "late"), (1, "bad"), (2, "bad"), (0, ""), (5, "late")]  # in order of time
+    ends = [ExitRecord(rank, 70, pid, text, time=pid) for pid, (rank, text) in enumerate(said)]
+    assert messages(ends) == ["rank 1: bad", "rank 3: late"]
+    followed = ExitRecord(0, 70, 9, exit_records.FOLLOWED)
+    assert messages([followed, *ends]) == ["rank 1: bad", "rank 3: late"]
+    assert messages([followed]) == [exit_records.FOLLOWED]
+
+
 def test_without_a_launcher_codes_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(exit_records.FOLDER_VARIABLE, raising=False)
     assert [exit_records.leave(code) for code in (0, 2, 75)] == [0, 2, 75]

@@ -16,6 +16,7 @@ from tiny_training import tiny_config
 
 from longspan.cluster import launcher, network, submit
 from longspan.errors import UsageError
+from longspan.trainer import launch_options
 from longspan.trainer.cli import main
 
 
@@ -23,7 +24,8 @@ from longspan.trainer.cli import main
 def recipe(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("longspan.trainer.commands.launch.visible_gpus", lambda: 0)
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_config(shards, parallel__timeout_seconds=1).model_dump(mode="json")))
+    config = tiny_config(shards, parallel__timeout_seconds=1, data__lanes=96, training__micro_batch_lanes=2)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return str(path)
 
 
@@ -35,14 +37,19 @@ def launch(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nproc", "3", "--set", "parallel.cp=2"], "1 nodes x 3 processes = 3 do not factor into parallel.tp = 1"),
+        (["--nproc", "3", "--set", "parallel.cp=2"], "1 nodes x 3 processes = 3: do not factor into parallel.tp = 1"),
         (["--nproc", "0"], "--nproc 0: 1 or more"),
         (["--nodes", "0"], "--nodes 0: 1 or more"),
         (["--max-restarts", "-1"], "--max-restarts -1: 0 or more"),
-        (["--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
+        (["--nodes", "2"], "--nodes 2: needs --rendezvous HOST:PORT"),
         (["--nodes", "2", "--rendezvous", "host"], "--rendezvous host: write it as HOST:PORT"),
         (["--nodes", "2", "--rendezvous", "no.such.host.invalid:1234"], "does not resolve here"),
         (["--set", "data.lanes=5"], "data.lanes = 5: not a multiple"),
+        (["--fork-data"], "--fork-data: changes the data of a run that goes on: give it together with --resume"),
+        (["--nproc", "5"], "data.lanes = 96: do not divide over 5 data-parallel ranks in micro-batches of"),
+        (["--nproc", "32"], "Make lanes a multiple of 64, or use training.micro_batch_lanes: 3."),
+        (["--set", "parallel.tp=3", "--nproc", "3"], "model.num_heads = 2: does not divide over parallel.tp = 3"),
+        (["--set", "parallel.cp=4", "--nproc", "4"], "does not divide into 4 shares of whole blocks of 8 tokens"),
     ],
 )
 def test_usage_errors_end_with_2_and_start_nothing(
@@ -52,6 +59,100 @@ def test_usage_errors_end_with_2_and_start_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("longspan:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_everything_wrong_with_recipe_and_options_is_one_message(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--nproc", "0", "--nodes", "-1", "--max-restarts", "-2", "--fork-data", "--time", "later"]
+    options += ["--sbatch", "--mem=0\nrm -rf x", "--sbatch", "mem=0", "--set", "data.lanes=5", "--set", "modl.dim=3"]
+    assert main(["launch", "slurm", recipe, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("longspan:") == 1 and "9 problems in launch of" in error
+    for part in ("--nproc 0", "--nodes -1", "--max-restarts -2", "--time later: not a time limit of Slurm", "rm -rf"):
+        assert part in error
+    assert "--sbatch 'mem=0': not one line with an option" in error and "modl: unknown key" in error
+
+
+TARGETS = {
+    "slurm": [],
+    "ray": ["--address", "auto"],
+    "kubernetes": ["--kind", "rayjob", "--image", "i", "--volume-claim", "c"],
+}
+
+
+@pytest.mark.parametrize("target", ["local", *TARGETS])
+def test_a_run_directory_in_use_is_refused_unless_resumed(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    command = ["launch", target, recipe, *TARGETS.get(target, []), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "holds checkpoints of an earlier run" in captured.err and not captured.out
+    assert main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("target", ["slurm", "ray", "kubernetes"])
+def test_lanes_that_do_not_divide_are_seen_before_anything_is_submitted(
+    recipe: str, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    command = ["launch", target, recipe, *TARGETS[target], "--nodes", "5", "--dry-run"]
+    assert main(command) == 2
+    assert "data.lanes = 96: do not divide over 5 data-parallel ranks" in capsys.readouterr().err
+
+
+def test_folders_of_the_pods_need_not_be_writable_here(
+    recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Only the pods mount the volume; a shared file system is seen from the host that submits."""
+    (tmp_path / "file").write_text("")
+    place = ["--run-dir", str(tmp_path / "file" / "run"), "--dry-run"]
+    assert main(["launch", "slurm", recipe, *place]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    assert main(["launch", "kubernetes", recipe, *TARGETS["kubernetes"], *place]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("5:30", 330),
+        ("12:00:00", 43_200),
+        ("1-2", 93_600),
+        ("1-2:3", 93_780),
+        ("1-2:3:4", 93_784),
+        ("0", 0),
+        ("UNLIMITED", 0),
+        *[(wrong, None) for wrong in ("", "1:2:3:4", "1h", "1-", "-5", "1-2:3:4:5", "tomorrow", "1.5", "١")],
+    ],
+)
+def test_slurms_forms_of_a_time_limit(text: str, seconds: int | None) -> None:
+    assert launch_options.slurm_seconds(text) == seconds
+
+
+def test_a_job_that_would_only_stop_and_requeue_itself_is_refused(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "slurm", recipe, "--time", "2:30", "--dry-run"]) == 2
+    assert "--time 2:30: 150 s, but the job saves and requeues itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["", "head", "head:0", "head:70000", "http://head:1", "ray://head", ":6379"])
+def test_an_address_that_ray_cannot_have(recipe: str, capsys: pytest.CaptureFixture[str], address: str) -> None:
+    assert main(["launch", "ray", recipe, f"--address={address}"]) == 2
+    assert f"--address {address}: write it as auto, HOST:PORT or ray://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_an_address_where_no_ray_answers_is_said_at_once(
+    recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: str
+) -> None:
+    address = form.format(f"127.0.0.1:{network.free_port()}")
+    started = time.monotonic()
+    assert main(["launch", "ray", recipe, "--address", address, "--run-dir", str(tmp_path / "run")]) == 70
+    assert time.monotonic() - started < 30
+    assert f"no Ray cluster at --address {address} (ConnectionRefusedError" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus_are_refused(
@@ -75,19 +176,14 @@ def test_an_unreachable_meeting_point_is_said_within_the_timeout(
     assert f"no launcher answers at --rendezvous {place} within 1 s" in capsys.readouterr().err
 
 
-def test_a_run_directory_in_use_is_refused(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
-    assert main(["launch", "local", recipe, "--run-dir", str(tmp_path / "run")]) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
-
-
 def test_the_local_command_is_torchrun_around_train(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--nproc", "2", "--max-restarts", "3", "--set", "seed=7", "--run-dir", "a run", "--dry-run"]
+    sets = ["--set", "seed=7"]
+    options = ["--nproc", "2", "--max-restarts", "3", *sets, "--run-dir", "a run", "--dry-run"]
     command = shlex.split(launch(capsys, "local", recipe, *options)["command"])
-    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert command[1:3] == ["-m", "longspan.cluster.torchrun"]
     assert command[command.index("--max-restarts") + 1] == "3"
     work = command[command.index("longspan.cluster.worker") + 1 :]
-    assert work == ["longspan.trainer.cli", "train", recipe, "--run-dir", "a run", "--resume", "--set", "seed=7"]
+    assert work == ["longspan.trainer.cli", "train", recipe, "--run-dir", "a run", "--resume", *sets]
 
 
 def test_nodes_meet_at_an_address_of_this_host(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

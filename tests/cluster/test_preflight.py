@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -75,13 +77,46 @@ def test_other_versions_are_a_warning_that_names_rank_and_package(caplog: pytest
 
 def test_a_rank_that_does_not_come_is_named_in_time() -> None:
     errors = check(rank(), rank(), None, timeout_seconds=1.0)
-    assert all(isinstance(error, ClusterError) for error in errors[:2])
+    assert all(isinstance(error, UsageError) for error in errors[:2])
     assert "rank 2 of 3 did not come within 1 s" in str(errors[0]) == str(errors[1])
+
+
+@pytest.mark.parametrize(("restarts_before", "kind"), [("0", ClusterError), ("3", UsageError)])
+def test_ranks_that_do_not_come_are_a_fault_while_the_launcher_starts_them_again(
+    monkeypatch: pytest.MonkeyPatch, restarts_before: str, kind: type[LongspanError]
+) -> None:
+    monkeypatch.setenv("LONGSPAN_EXIT_RECORDS", "folder")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts_before)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert isinstance(check(rank(), None, timeout_seconds=0.2)[0], kind)
+
+
+def test_many_that_do_not_come_are_cut_short() -> None:
+    assert "19, 20, and 10 more of 31 did not come" in str(check(rank(), *[None] * 30, timeout_seconds=0.2)[0])
+
+
+def test_a_signal_gets_through_while_ranks_wait() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        started = time.monotonic()
+        with pytest.raises(Stop):
+            preflight.check_ranks(store, 0, 2, rank(), 20.0)
+        assert time.monotonic() - started < 5
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_rank_zero_that_does_not_come_is_named_in_time() -> None:
     errors = check(None, rank(), timeout_seconds=0.5)
-    assert isinstance(errors[1], ClusterError) and "rank 0 said nothing within 0 s" in str(errors[1])
+    assert isinstance(errors[1], UsageError) and "rank 0 said nothing within 0 s" in str(errors[1])
 
 
 def test_many_differences_are_cut_short() -> None:

@@ -110,7 +110,7 @@ def test_a_run_on_ray_nodes(recipe: Path, undisturbed: Undisturbed, tmp_path: Pa
         options = ["--nproc", "2", "--run-dir", str(run), "--rendezvous", meeting]
         return ["-m", "longspan.trainer.cli", "launch", "local", str(recipe), *options]
 
-    with local_cluster(slots=2) as ray:
+    with local_cluster(cpus=2) as ray:
         codes = run_on_nodes(ray, command, nodes=1, processes=2, gpus=False, timeout_seconds=60.0, received=())
     assert codes == [0]
     assert weights(run) == want

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -78,3 +79,34 @@ def test_a_master_that_nobody_serves(recipe: Path, tmp_path: Path) -> None:
     codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)
     assert codes == [2] and seconds < LIMIT + 30
     assert len(said) == 1 and f"nobody answers at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{other['MASTER_PORT']}" in said[0]
+
+
+def test_ranks_that_do_not_come_are_named_on_those_that_do(recipe: Path, tmp_path: Path) -> None:
+    codes, said, seconds = ends(recipe, tmp_path, 2, [[f"parallel.timeout_seconds={LIMIT}"]], {"WORLD_SIZE": "4"})
+    assert codes == [2, 2] and seconds < LIMIT + 30
+    assert len(said) == 1 and f"ranks 2, 3 of 4 did not come within {LIMIT:.0f} s" in said[0]
+
+
+def test_a_rank_that_does_not_know_its_place_says_so_itself(recipe: Path, tmp_path: Path) -> None:
+    """The others can only wait for it."""
+    [found] = in_world(2, tmp_path, [(train_as, (recipe, tmp_path / "run", [{}, {"RANK": "7"}]))])
+    [code, text] = found[1]
+    assert code == 2 and "RANK = '7': not a whole number of 0 to 1, as WORLD_SIZE = 2" in text
+    [code, text] = found[0]
+    assert code == 2 and "rank 1 of 2 did not come" in text
+
+
+def train_as(rank: int, recipe: Path, run: Path, environments: list[dict[str, str]]) -> tuple[int, str]:
+    """`longspan train` with this rank's own environment; its exit code and what it says."""
+    os.environ.update(environments[rank])
+    return command_line(
+        rank, ["train", str(recipe), "--run-dir", str(run), "--set", f"parallel.timeout_seconds={LIMIT}"]
+    )
+
+
+def test_a_program_that_listens_there_and_says_nothing(recipe: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(silent.getsockname()[1])}
+        codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)
+    assert codes == [2] and seconds < LIMIT + 30
+    assert len(said) == 1 and "rank 1 of 2 cannot join the others" in said[0] and "gives no answer within" in said[0]

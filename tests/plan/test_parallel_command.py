@@ -14,7 +14,7 @@ from longspan.modeling.config import ModelConfig
 from longspan.trainer import cli, recipes
 from longspan.trainer.config import RunConfig, cross_problems
 from longspan.trainer.plan.hardware import load_hardware
-from longspan.trainer.plan.layout import Job, Layout, axis_problems, layouts
+from longspan.trainer.plan.layout import Job, Layout, axis_problems, layouts, read_only
 from longspan.trainer.plan.search import LEAST_EFFICIENCY, Planner, describe, predicted_of
 from longspan.trainer.plan.setting import Setting
 
@@ -78,20 +78,71 @@ def test_wrong_numbers_are_refused(text: str, capsys: pytest.CaptureFixture[str]
     assert "not a number of 1 to 1024" in failure(capsys, MODEL, "--gpus", text)
 
 
-def test_wrong_restrictions_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["pp=2", "zero_stage=4", "activation_checkpointing=all", "offload_optimizer=maybe"]
-    message = failure(capsys, MODEL, "--gpus", "8", *(word for option in options for word in ("--only", option)))
-    assert "4 problems" in message
-    assert "axes: dp, cp, tp" in message
+def test_a_range_that_falls_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "gpus = '64..8': a range rises. Write 8..64." in failure(capsys, MODEL, "--gpus", "64..8")
+
+
+def test_everything_wrong_is_named_at_once_and_before_anything_is_computed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longspan.trainer.commands.plan.make_plan", lambda *_: pytest.fail("computed"))
+    options = ["pp=2", "zero_stag=1", "zero_stage=4", "activation_checkpointing=all", "offload_optimizer=maybe"]
+    options += ["cp=0", "cp=", "dp"]
+    only = [word for option in options for word in ("--only", option)]
+    message = failure(
+        capsys, MODEL, *only, "--gpus", "0,8..2,2", "--plot", "/nowhere/x.png", "--hardware", "tpu", "--rows", "0"
+    )
+    assert "13 problems in plan of " in message
+    for expected in (
+        "--only pp=2: write it as AXIS=VALUE,...; axes: dp, cp, tp",
+        "Did you mean zero_stage?",
+        "--only zero_stage=4: allowed: 0, 1, 2, 3.",
+        "--only activation_checkpointing=all: allowed: none, mixer, layer.",
+        "--only cp=0: allowed: whole numbers from 1 on.",
+        "--only cp=: allowed",
+        "--only dp: write it as",
+        "gpus = '0': not a number of 1 to 1024",
+        "gpus = '8..2': a range rises. Write 2..8.",
+        "--plot /nowhere/x.png: there is no folder /nowhere.",
+        "hardware = 'tpu'",
+        "rows = 0",
+    ):
+        assert expected in message
+
+
+def test_a_missing_recipe_hides_no_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(capsys, "configs/no_such.yaml", "--gpus", "0")
+    assert "2 problems" in message and "no recipe at configs/no_such.yaml" in message and "gpus = '0'" in message
+
+
+def test_values_of_an_axis_add_up_and_may_have_leading_zeros() -> None:
+    assert read_only(["cp=1", "cp=02,4", "zero_stage=0"]) == {"cp": ("1", "2", "4"), "zero_stage": ("0",)}
 
 
 def test_options_of_several_gpus_need_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--plot is of a plan over several GPUs" in failure(capsys, MODEL, "--plot", "x.png")
-    assert "--only is of a plan over several GPUs" in failure(capsys, MODEL, "--only", "cp=2")
+    assert "--plot: is of a plan over several GPUs" in failure(capsys, MODEL, "--plot", "x.png")
+    assert "--only: is of a plan over several GPUs" in failure(capsys, MODEL, "--only", "cp=2")
 
 
-def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cannot write the picture" in failure(capsys, MODEL, "--gpus", "1", "--plot", "/nowhere/x.png")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/x.png", "there is no folder"),
+        ("x.pdf", "the picture is a PNG. Name it"),
+        ("x", "the picture is a PNG. Name it"),
+        ("folder.png", "is a folder. Name a file in it"),
+    ],
+)
+def test_a_picture_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    assert message in failure(capsys, MODEL, "--gpus", "1", "--plot", str(tmp_path / name))
+
+
+def test_a_disk_that_fills_while_the_picture_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    assert "cannot write the picture" in failure(capsys, MODEL, "--gpus", "1", "--plot", str(tmp_path / "full.png"))
 
 
 def test_lanes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:

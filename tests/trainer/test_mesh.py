@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from longspan.cluster.config import ParallelConfig
 from longspan.cluster.mesh import DeepSpeedMPU, Mesh
-from longspan.errors import ClusterError, UsageError
+from longspan.errors import ClusterError, ConfigError, UsageError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -64,14 +64,49 @@ def test_port_in_use_is_a_usage_error_that_names_it(monkeypatch: pytest.MonkeyPa
     assert caught.value.exit_code == 2
 
 
-def test_rank_without_port_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match="MASTER_PORT is not"):
+@pytest.mark.parametrize(
+    ("environment", "messages"),
+    [
+        (
+            {"RANK": "0"},
+            ["2 problems", "WORLD_SIZE: not set, but RANK = 0 is", "MASTER_PORT: not set, but RANK = 0 is"],
+        ),
+        ({"WORLD_SIZE": "2"}, ["1 problem", "RANK: not set, but WORLD_SIZE = 2 is"]),
+        (
+            {"RANK": "first", "WORLD_SIZE": "0", "LOCAL_RANK": "-1", "LOCAL_WORLD_SIZE": "1.5", "MASTER_PORT": "70000"},
+            [
+                "5 problems",
+                "RANK = 'first': not a whole number of 0 or more",
+                "WORLD_SIZE = '0': not a whole number of 1 or more",
+                "LOCAL_RANK = '-1'",
+                "LOCAL_WORLD_SIZE = '1.5'",
+                "MASTER_PORT = '70000': not a whole number of 1 to 65535",
+            ],
+        ),
+        (
+            {"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "2950O"},
+            [
+                "3 problems",
+                "RANK = '4': not a whole number of 0 to 3, as WORLD_SIZE = 4",
+                "LOCAL_RANK = '2': not a whole number of 0 to 1",
+                "MASTER_PORT = '2950O'",
+            ],
+        ),
+    ],
+)
+def test_a_wrong_environment_is_a_usage_error_that_names_every_variable(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], messages: list[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
         Mesh.build(ParallelConfig(), device="cpu")
+    assert caught.value.exit_code == 2 and not dist.is_initialized()
+    for message in messages:
+        assert message in str(caught.value)
 
 
-def test_processes_that_do_not_factor_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match=r"3 processes.*tp = 2 x parallel\.cp = 1.*multiple of 2"):
+def test_processes_that_do_not_factor_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"1 processes.*tp = 2 x parallel\.cp = 1.*multiple of 2"):
         Mesh.build(ParallelConfig(tp=2), device="cpu")
     assert not dist.is_initialized()

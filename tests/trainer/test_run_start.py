@@ -49,7 +49,7 @@ def test_a_vocabulary_that_is_too_small(shards: Path, tmp_path: Path) -> None:
 def test_lanes_must_divide(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(shards, data__lanes=6, training__micro_batch_lanes=2)
     monkeypatch.setattr("longspan.trainer.loop.Mesh.build", staticmethod(lambda parallel, **_: _FakeMesh()))
-    refused(r"data.lanes = 6 do not divide over 2 data-parallel ranks.*multiple of 4", config, tmp_path / "run")
+    refused(r"data.lanes = 6: do not divide over 2 data-parallel ranks.*multiple of 4", config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -220,3 +220,11 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
         assert codes == [], "a scheduler's notice may come twice"
         os.kill(os.getpid(), 2)
     assert codes == [128 + 2]
+
+
+def test_a_run_that_is_not_tracked_names_no_store(shards: Path, finished: Path, tmp_path: Path) -> None:
+    summary = train(tiny_config(shards, training__steps=4), finished, resume=True)
+    assert summary["tracking_uri"] is None and not (finished.parent / "mlflow.db").exists()
+    uri = f"sqlite:///{tmp_path / 'metrics.db'}"
+    config = tiny_config(shards, training__steps=4, tracking__enabled="true", tracking__uri=uri)
+    assert train(config, finished, resume=True)["tracking_uri"] == uri

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -137,3 +138,59 @@ def test_argument_errors_end_with_2() -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["train"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "errors_too", "code"),
+    [
+        (["plan", "configs/model/rec_fixed_skip_12l.yaml"], False, 141),
+        (["plan", "configs/model/rec_fixed_skip_12l.yaml", "--json"], False, 141),
+        (["plan", "configs/no_such.yaml"], True, 141),
+        (["plan", "configs/no_such.yaml"], False, 2),
+    ],
+)
+def test_a_reader_that_has_left_is_no_error_to_speak_of(arguments: list[str], errors_too: bool, code: int) -> None:
+    """As after `| head`: no traceback, and the exit code that a shell gives to a program that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = writer if errors_too else subprocess.PIPE
+    done = subprocess.run([sys.executable, "-m", "longspan.trainer.cli", *arguments], stdout=writer, stderr=errors)
+    os.close(writer)
+    assert done.returncode == code
+    said = (done.stderr or b"").decode()
+    assert said.startswith("longspan: no recipe") if code == 2 else not said
+
+
+def test_a_reader_that_has_left_a_rich_console() -> None:
+    """Rich answers with an exit code of its own; `doctor` and the summary of a training print through it."""
+    program = (
+        "import sys; from rich.console import Console\n"
+        "from longspan.trainer import cli; from longspan.trainer.commands import doctor\n"
+        "doctor.run = lambda args: Console().print('word')\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(args: argparse.Namespace) -> None:
+        raise BrokenPipeError("of a socket")
+
+    monkeypatch.setattr("longspan.trainer.commands.doctor.run", fail)
+    assert cli.main(["doctor"]) == 1
+    assert "unexpected BrokenPipeError: of a socket" in capfd.readouterr().err
+
+
+def test_a_full_disk_under_standard_output_is_said() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "longspan.trainer.cli", "bench", "list", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1 and "cannot write to standard output: No space left on device" in done.stderr

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longspan.errors import CheckpointError, ClusterError
+from longspan.errors import CheckpointError, ClusterError, UsageError
 from longspan.trainer.checkpoint.files import describe_disk_error
+
+_KINDS = (OSError, CheckpointError, UsageError)
 
 
 class RankDiskError(Exception):
@@ -22,7 +24,7 @@ class _Outcome:
 
     value: Any
     error: str | None
-    kind: type[Exception] | None  # OSError, CheckpointError, or Exception for the rest
+    kind: type[Exception] | None  # one of _KINDS, or Exception for the rest
 
 
 class Ranks:
@@ -50,6 +52,7 @@ class Ranks:
         Raises:
             RankDiskError: on all ranks, if some had disk errors and nothing worse.
             CheckpointError: on all ranks, if some found damage and nothing worse.
+            UsageError: on all ranks, if some met one and nothing worse.
             Exception: any other error where it happened, and a ClusterError on the other ranks.
         """
         value, error = None, None
@@ -68,8 +71,9 @@ class Ranks:
         kinds = {outcome.kind for outcome in failed.values()}
         if kinds == {OSError}:
             raise RankDiskError(text) from error
-        if kinds == {CheckpointError}:
-            raise CheckpointError(text) from error
+        for kind in (CheckpointError, UsageError):
+            if kinds == {kind}:
+                raise kind(text) from error
         if error is not None:
             raise error
         raise ClusterError(f"saving or loading a checkpoint failed on another rank: {text}")
@@ -87,10 +91,10 @@ def _describe(error: Exception | None) -> str | None:
         return None
     if isinstance(error, OSError):
         return describe_disk_error(error)
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, CheckpointError | UsageError) else f"{type(error).__name__}: {error}"
 
 
 def _kind(error: Exception | None) -> type[Exception] | None:
     if error is None:
         return None
-    return next((kind for kind in (OSError, CheckpointError) if isinstance(error, kind)), Exception)
+    return next((kind for kind in _KINDS if isinstance(error, kind)), Exception)

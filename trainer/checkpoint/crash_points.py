@@ -1,4 +1,4 @@
-"""Named places in the save where a fault test may end the process; no-ops otherwise.
+"""Named places in a save or an export where a fault test may end the process; no-ops otherwise.
 
 `LONGSPAN_CRASH=<point>@<n>` kills this process with SIGKILL at its n-th pass (from 1) through that point. All that
 the variable can do is end the process that it was set for, which the same user could do with `kill -9`.
@@ -31,7 +31,7 @@ def crash_point(point: str) -> None:
     """End the process here if the environment says so.
 
     Args:
-        point: one of `POINTS`.
+        point: one of `POINTS`, or of those of `trainer/export_folder.py`.
     """
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     if wanted is None:

@@ -42,6 +42,10 @@ class FileEntry(BaseModel):
     chunk_crc32: str = Field(pattern="^([0-9a-f]{8})*$")
 
 
+class UnreadableError(CheckpointError):
+    """A file could not be read, which does not say that it is damaged: a store may answer again."""
+
+
 class WriteError(OSError):
     """A file could not be written; `strerror` names the file, the bytes wanted and the bytes free."""
 
@@ -199,8 +203,10 @@ def _read(folder: Place, name: str, entry: FileEntry) -> bytes:
 
 def _unreadable(name: str, entry: FileEntry, position: int, error: OSError) -> CheckpointError:
     cause = os.strerror(error.errno) if error.errno else str(error)
-    what = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({cause})"
-    return CheckpointError(f"{name}, {byte_range(position, entry.size)}: {what}")
+    where = f"{name}, {byte_range(position, entry.size)}"
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{where}: missing")
+    return UnreadableError(f"{where}: unreadable ({cause})")
 
 
 def _mismatch(name: str, entry: FileEntry, size: int, checksums: list[int], chunk_bytes: int) -> CheckpointError:

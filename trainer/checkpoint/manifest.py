@@ -18,7 +18,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longspan.errors import CheckpointError, UsageError
-from longspan.trainer.checkpoint.files import FileEntry, byte_range
+from longspan.trainer.checkpoint.files import FileEntry, UnreadableError, byte_range
 from longspan.trainer.checkpoint.places import P, Place, children
 
 FORMAT = "longspan-checkpoint"
@@ -111,8 +111,10 @@ def read_manifest(folder: Place) -> tuple[Manifest, str]:
 def _read(folder: Place, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name}, byte 0: missing") from error
     except OSError as error:
-        raise CheckpointError(f"{name}, byte 0: missing or unreadable ({error.strerror or error})") from error
+        raise UnreadableError(f"{name}, byte 0: unreadable ({error.strerror or error})") from error
 
 
 def _parse(content: bytes, folder: Place) -> Manifest:

@@ -7,11 +7,12 @@ a COMMITTED beside them are what a crash left; the next save or resume removes t
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from longspan.errors import CheckpointError
 from longspan.trainer.checkpoint.crash_points import crash_point
-from longspan.trainer.checkpoint.files import Digest, FileEntry, WriteError, chunks
+from longspan.trainer.checkpoint.files import Digest, FileEntry, UnreadableError, WriteError, chunks
 from longspan.trainer.checkpoint.manifest import COMMITTED, MANIFEST, commit_line, step_folder_name, step_of
 from longspan.trainer.checkpoint.places import RemotePath
 from longspan.trainer.checkpoint.tensor_file import Pieces
@@ -27,13 +28,19 @@ class ObjectFolder:
         self._folder: RemotePath | None = None
 
     def begin(self, step: int) -> str | None:
-        """Make room for a step; its folder's name for `join`, or None if it is saved already and verifies."""
+        """Make room for a step; its folder's name for `join`, or None if it is saved already and verifies.
+
+        Raises:
+            OSError: the store does not say what it has.
+        """
         self.clean()
         final = self.root / step_folder_name(step)
         if (final / COMMITTED).is_file():
             try:
                 verify(final)
                 return None
+            except UnreadableError as error:  # perhaps good, so not to be replaced
+                raise OSError(errno.EIO, str(error)) from error
             except CheckpointError as error:
                 self._warn(f"{error}\nIt is replaced by a new save of the same step.")
             self._remove(final)

@@ -15,7 +15,14 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from longspan.errors import UsageError
 
-_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$")
+_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$", re.IGNORECASE)
+# store -> its schemes, and the extra that installs what fsspec needs for them
+STORES = {
+    "S3": (("s3", "s3a"), "s3"),
+    "Google Cloud Storage": (("gs", "gcs"), "gcs"),
+    "Azure": (("az", "abfs", "abfss"), "azure"),
+    "this process's memory": (("memory",), None),
+}
 
 
 class RemotePath:
@@ -41,12 +48,15 @@ class RemotePath:
             # a listing from before another process's save would hide it
             files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
         except ImportError as error:
-            extra = " (pip install 'longspan[s3]')" if address.startswith("s3") else ""
-            raise UsageError(f"{address}: {error}{extra}") from error
+            scheme = address.partition(":")[0]
+            extra = next((extra for schemes, extra in STORES.values() if scheme in schemes), None)
+            advice = f"Install it with: pip install 'longspan[{extra}]'" if extra else "Install what fsspec asks for"
+            raise UsageError(f"{address}: {error}. {advice}") from error
         except (ValueError, OSError) as error:
+            known = ", ".join(f"{schemes[0]}:// ({name})" for name, (schemes, _) in STORES.items())
             raise UsageError(
-                f"{address}: {error}. Use a folder of this machine, or an address that fsspec knows, like "
-                f"s3://BUCKET/FOLDER."
+                f"{address}: {str(error).partition(chr(10))[0]}. Use a folder of this machine, an address like "
+                f"s3://BUCKET/FOLDER, or another scheme: {known}; others that fsspec knows are not tested."
             ) from error
         return cls(files, path)
 
@@ -81,15 +91,26 @@ class RemotePath:
         """Itself: addresses are always whole."""
         return self
 
+    @property
+    def is_volatile(self) -> bool:
+        """Whether it goes away with this process, and no other process sees it."""
+        return "memory" in self._files.protocol
+
     def exists(self) -> bool:
-        """Whether there is an object of this name, or one below it."""
-        with _as_os_errors():
-            return bool(self._files.exists(self._path))
+        """Whether there is an object of this name, or one below it. Raises OSError if the store does not say."""
+        return self._kind() is not None
 
     def is_file(self) -> bool:
-        """Whether there is an object of this name."""
+        """Whether there is an object of this name. Raises OSError if the store does not say."""
+        return self._kind() == "file"
+
+    def _kind(self) -> str | None:
+        """What fsspec calls the type. Its own `isfile` takes a store that is down for a file that is not there."""
         with _as_os_errors():
-            return bool(self._files.isfile(self._path))
+            try:
+                return str(self._files.info(self._path)["type"])
+            except FileNotFoundError:
+                return None
 
     def is_dir(self) -> bool:
         """Whether there is an object below it."""
@@ -132,6 +153,23 @@ class RemotePath:
             size = self._files.info(self._path)["size"]
         if size != len(content):
             raise OSError(errno.EIO, f"the store has {size:,} of {len(content):,} bytes", str(self))
+
+    def create_bytes(self, content: bytes) -> bool:
+        """Create the object unless there is one; whether it now has this content.
+
+        Stores that do not know conditional writes leave a moment in which two writers both believe to be first; all
+        but the last of them see it when they look again.
+
+        Raises:
+            OSError: the store refused, or cannot be reached.
+        """
+        try:
+            with _as_os_errors():
+                self._files.pipe_file(self._path, content, mode="create")
+        except OSError:  # perhaps an earlier attempt of the client has succeeded and its answer was lost
+            if not self.is_file():
+                raise
+        return self.read_bytes() == content
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -178,9 +216,10 @@ def place_of(address: str | Place) -> Place:
     match = _ADDRESS.match(str(address))
     if match is None or Path(address).exists():
         return Path(address)
-    if match[1] == "file":
+    scheme = match[1].lower()
+    if scheme == "file":
         return Path(f"/{match[2]}")
-    return RemotePath.of(f"{match[1]}://{match[2]}")
+    return RemotePath.of(f"{scheme}://{match[2]}")
 
 
 def children(place: P) -> list[P]:

@@ -45,7 +45,11 @@ def prune(
     Returns:
         The folders removed.
     """
-    folders = committed_folders(root)
+    try:
+        folders = committed_folders(root)
+    except OSError as error:  # what was published is there all the same
+        warn(f"{root} cannot be listed, so no old checkpoint was removed: {error}. The next save tries again.")
+        return []
     kept = {published, *folders[-keep_last:]}
     removed = []
     for folder in folders:

@@ -8,6 +8,7 @@ agreement out because of an error, so none waits for ever.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import sys
 import time
@@ -18,17 +19,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, UsageError
 from longspan.trainer.checkpoint import contents
 from longspan.trainer.checkpoint.agreement import RankDiskError, Ranks
 from longspan.trainer.checkpoint.awaited import pin_awaited
 from longspan.trainer.checkpoint.contents import RunState
 from longspan.trainer.checkpoint.crash_points import crash_point
-from longspan.trainer.checkpoint.files import CHUNK_BYTES, FileEntry, check_file
+from longspan.trainer.checkpoint.files import CHUNK_BYTES, FileEntry, UnreadableError, check_file
 from longspan.trainer.checkpoint.free_space import check_space
 from longspan.trainer.checkpoint.local_folder import LocalFolder
 from longspan.trainer.checkpoint.manifest import Manifest, committed_folders, read_manifest, step_folder_name
 from longspan.trainer.checkpoint.object_folder import ObjectFolder
+from longspan.trainer.checkpoint.ownership import Claim
 from longspan.trainer.checkpoint.places import Place
 from longspan.trainer.checkpoint.prune import prune
 
@@ -64,6 +66,7 @@ class CheckpointStore:
         keep_last: newest checkpoints that pruning keeps.
         milestone_interval_steps: multiples of this are kept as well; None: no milestones.
         warn: takes messages about fallbacks and left-overs, on rank 0; standard error if not given.
+        claim: of the folder, on rank 0, looked at before anything is written; None: the caller sees to it.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class CheckpointStore:
         keep_last: int = 3,
         milestone_interval_steps: int | None = None,
         warn: Callable[[str], None] | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self.root = root
+        self._claim = claim
         self._ranks = Ranks(rank, world_size, group)
         self._keep_last = keep_last
         self._milestone_interval_steps = milestone_interval_steps
@@ -96,6 +101,7 @@ class CheckpointStore:
 
         Raises:
             ClusterError: another rank failed for a reason that is no disk error; that rank raises its own error.
+            UsageError: another process has taken the folder over; nothing of it was touched.
         """
         started = time.monotonic()
         crash_point("before-temporary")
@@ -121,7 +127,10 @@ class CheckpointStore:
         final = self.root / step_folder_name(state.step)
 
         def begin() -> tuple[str | None, dict[str, int], dict[str, int], dict[str, int]]:
-            name = self._folder.begin(state.step) if self._ranks.rank == 0 else None
+            name = None
+            if self._ranks.rank == 0:
+                self._check_claim()
+                name = self._folder.begin(state.step)
             return name, _sizes(weights), _sizes(optimizer), _sizes(state.lanes or {})
 
         begun = self._agree(begin)
@@ -144,6 +153,10 @@ class CheckpointStore:
         written = self._agree(write)
         self._agree(lambda: self._publish(state, tied, written) if self._ranks.rank == 0 else None)
         return final
+
+    def _check_claim(self) -> None:
+        if self._claim:
+            self._claim.check(self._warn)
 
     def _write_payload(self, state: RunState, shares: dict[str, dict[str, Any]]) -> dict[str, FileEntry]:
         """Write this rank's share; returns the manifest's entries for it."""
@@ -182,6 +195,7 @@ class CheckpointStore:
             chunk_bytes=CHUNK_BYTES,
             files=files,
         )
+        self._check_claim()
         pin_awaited(self.root, step_folder_name(state.step))
         final = self._folder.publish(state.step, manifest.encoded())
         crash_point("before-prune")
@@ -206,7 +220,7 @@ class CheckpointStore:
             (this rank's state, checkpoint folder), or None if nothing was ever published.
 
         Raises:
-            CheckpointError: there are checkpoints, but none verifies.
+            CheckpointError: there are checkpoints, but none verifies, or their store does not answer.
         """
 
         def find() -> list[str]:
@@ -225,11 +239,20 @@ class CheckpointStore:
             loaded: list[RunState] = []
 
             def read(folder: Place = folder, loaded: list[RunState] = loaded) -> None:
-                loaded.append(self._read(folder, lane_start, lane_stop))
+                try:
+                    loaded.append(self._read(folder, lane_start, lane_stop))
+                except UnreadableError as error:
+                    if isinstance(folder, Path):
+                        raise
+                    raise OSError(errno.EIO, str(error)) from error  # a store may answer again; a bad disk will not
 
             try:
                 self._agree(read)
                 return loaded[0], folder
+            except RankDiskError as error:
+                raise CheckpointError(
+                    f"checkpoint {folder} cannot be read: {error}. It may be good, so no older one is taken. Try again."
+                ) from error
             except CheckpointError as error:
                 problems.append(f"checkpoint {folder} does not verify: {error}")
                 if self._ranks.rank == 0:
@@ -270,10 +293,20 @@ class CheckpointStore:
         """`Ranks.agree`, and a failure leaves nothing behind: no rank writes any more when it is known."""
         try:
             return self._ranks.agree(work)
+        except UsageError:
+            raise  # the folder is another process's now, and so is what lies in it
         except Exception:
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and self._is_held():
                 self._folder.discard()
             raise
+
+    def _is_held(self) -> bool:
+        """Whether what a failed save has left is this process's to remove."""
+        try:
+            self._check_claim()
+        except (OSError, UsageError):
+            return isinstance(self.root, Path)  # its left-overs have names of their own there
+        return True
 
 
 def _sizes(tensors: dict[str, Any]) -> dict[str, int]:

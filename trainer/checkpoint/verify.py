@@ -10,7 +10,7 @@ import yaml
 
 from longspan.errors import CheckpointError, UsageError
 from longspan.trainer.checkpoint.fetch import fetch
-from longspan.trainer.checkpoint.files import check_file
+from longspan.trainer.checkpoint.files import UnreadableError, check_file
 from longspan.trainer.checkpoint.manifest import COMMITTED, MANIFEST, Manifest, committed_folders, read_manifest
 from longspan.trainer.checkpoint.places import Place, children, place_of
 
@@ -48,20 +48,22 @@ def checked_manifest(path: Place, skip: str | None = None) -> tuple[Manifest, st
         manifest, fingerprint_ = read_manifest(path)
         problems = _problems(path, manifest, skip)
     except CheckpointError as error:
-        problems = [str(error)]
+        problems = [error]
     if problems:
-        raise damaged(path, problems)
+        found = damaged(path, [str(problem) for problem in problems])
+        # nobody may take a store that does not answer for damage
+        raise UnreadableError(str(found)) if any(isinstance(p, UnreadableError) for p in problems) else found
     return manifest, fingerprint_
 
 
-def _problems(path: Place, manifest: Manifest, skip: str | None) -> list[str]:
+def _problems(path: Place, manifest: Manifest, skip: str | None) -> list[CheckpointError]:
     problems = []
     for name, entry in sorted(manifest.files.items()):
         if skip is None or not name.startswith(skip):
             try:
                 check_file(path, name, entry, manifest.chunk_bytes)
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(error)
     return problems
 
 

@@ -10,45 +10,68 @@ from typing import Any
 
 from longspan.cluster import submit
 from longspan.cluster.launcher import NodeLaunch, NodeResult, collect_signals, messages, run_node, visible_gpus
-from longspan.errors import EXIT_OK, EXIT_REQUEUE, ClusterError, LongspanError, Stopped, UsageError
+from longspan.errors import (
+    EXIT_OK,
+    EXIT_READER_GONE,
+    EXIT_REQUEUE,
+    ClusterError,
+    ConfigError,
+    LongspanError,
+    Problem,
+    Stopped,
+)
 from longspan.trainer import recipes
 from longspan.trainer.config import RunConfig, cross_problems
-from longspan.trainer.run_directory import check_usable, checkpoint_root
+from longspan.trainer.launch_options import option_problems, world_problems
+from longspan.trainer.run_directory import check_unused, check_usable, checkpoint_root
 
 _MODULE = "longspan.trainer.cli"
+_ADVICE = "Mend recipe and options; --set section.field=value changes a field of the recipe."
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Check the recipe, then start or submit it; returns the run's summary, or what was submitted.
+    """Check recipe and options, then start or submit it; returns the run's summary, or what was submitted.
 
     Raises:
-        ConfigError, UsageError: recipe or options are wrong, or the processes do not factor.
+        ConfigError: recipe or options are wrong, or the processes do not divide what the recipe has; every problem.
+        UsageError: the run directory cannot be used, or the nodes cannot meet.
         LongspanError: the run ended with an error; has its exit code.
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a scheduler's, for nodes; they would silence this command
         os.environ.pop(name, None)
-    config = recipes.load(RunConfig, args.config, args.overrides, cross_problems)
     gpus = visible_gpus()
     if args.nproc is None:
         args.nproc = gpus or 1
-    _check_processes(args, config, gpus if args.target == "local" else 0)
+    config = _checked(args, gpus if args.target == "local" else 0)
     args.run_dir = args.run_dir or str(Path("runs") / config.name)
     targets = {"local": _local, "slurm": _slurm, "ray": _ray, "kubernetes": _kubernetes}
     return targets[args.target](args, config)
 
 
-def _check_processes(args: argparse.Namespace, config: RunConfig, gpus: int) -> None:
-    for name, least in (("nproc", 1), ("nodes", 1), ("max_restarts", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more.")
-    world_size, replica = args.nodes * args.nproc, config.parallel.tp * config.parallel.cp
-    if world_size % replica:
-        raise UsageError(
-            f"{args.nodes} nodes x {args.nproc} processes = {world_size} do not factor into parallel.tp = "
-            f"{config.parallel.tp} x parallel.cp = {config.parallel.cp} x data parallel. Use a multiple of {replica}."
-        )
-    if gpus and args.nproc > gpus:
-        raise UsageError(f"--nproc {args.nproc}: this node has {gpus} GPUs, and a process needs one of its own.")
+def _checked(args: argparse.Namespace, gpus: int) -> RunConfig:
+    """The recipe; raises ConfigError with everything that is wrong with it and with the options."""
+
+    def check(config: RunConfig) -> list[Problem]:
+        return [*cross_problems(config), *world_problems(args, config)]
+
+    problems = option_problems(args, gpus)
+    try:
+        config = recipes.load(RunConfig, args.config, args.overrides, check)
+    except ConfigError as error:
+        raise ConfigError(f"launch of {args.config}", [*error.problems, *problems], _ADVICE) from error
+    if problems:
+        raise ConfigError(f"launch of {args.config}", problems, "Mend the options.")
+    return config
+
+
+def _check_run_dir(args: argparse.Namespace, config: RunConfig, *, seen_here: bool = True) -> None:
+    """What `train` checks too: its nodes cannot, as they are told to resume for the sake of restarts.
+
+    Args: seen_here: whether this host sees the folders that the nodes will use.
+    """
+    run_dir = Path(args.run_dir)
+    check = check_usable if seen_here else check_unused
+    check(run_dir, checkpoint_root(config, run_dir), resume=args.resume)
 
 
 def _train_arguments(args: argparse.Namespace, *, resume: bool) -> list[str]:
@@ -70,8 +93,7 @@ def _node_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _local(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    run_dir = Path(args.run_dir)
-    check_usable(run_dir, checkpoint_root(config, run_dir), resume=args.resume)
+    _check_run_dir(args, config)
     launch = NodeLaunch(
         module=_MODULE,
         # a restart has to resume; a run that has no checkpoint yet starts from its first step all the same
@@ -87,6 +109,8 @@ def _local(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     if args.dry_run:
         return _shown(args, {"command": command}, command)
     result = run_node(launch, quiet_output=args.json)
+    if result.exit_code == EXIT_READER_GONE:  # the workers write where this process does
+        raise BrokenPipeError
     if result.exit_code != EXIT_OK:
         raise _error(result)
     return {**result.result(), "restarts": result.restarts}
@@ -100,6 +124,7 @@ def _error(result: NodeResult) -> LongspanError:
 
 
 def _slurm(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    _check_run_dir(args, config)
     options = [
         *([f"--gpus-per-node={args.nproc}"] if not _is_set(args.sbatch, "--gpus", "--gres") else []),
         *args.sbatch,
@@ -123,12 +148,11 @@ def _is_set(options: list[str], *names: str) -> bool:
 
 
 def _kubernetes(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    _check_run_dir(args, config, seen_here=False)  # they are in the pods' volume
     node = _node_arguments(args)
     if args.kind == "rayjob":
         node = ["launch", "ray", *_train_arguments(args, resume=True), "--address", "auto", "--nodes", str(args.nodes)]
         node += ["--nproc", str(args.nproc), "--max-restarts", str(args.max_restarts)]
-    if args.kind == "pytorchjob" and args.nodes == 1:
-        raise UsageError("--kind pytorchjob needs --nodes 2 or more; for one node use --kind rayjob, or a plain pod.")
     values = {
         "name": submit.job_name(config.name),
         "image": args.image,
@@ -146,6 +170,8 @@ def _kubernetes(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
 
 
 def _ray(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    _check_run_dir(args, config)
+
     def command(meeting: str) -> list[str]:
         run_id = submit.job_name(config.name)
         return ["-m", _MODULE, *_node_arguments(args), "--rendezvous", meeting, "--run-id", run_id]

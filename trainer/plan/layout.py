@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
@@ -224,7 +225,7 @@ def _limits(job: Job, only: dict[str, tuple[str, ...]]) -> str:
 
 
 def read_only(texts: list[str]) -> dict[str, tuple[str, ...]]:
-    """`--only AXIS=VALUE,...` as a mapping.
+    """`--only AXIS=VALUE,...` as a mapping; an axis may come several times.
 
     Raises:
         ConfigError: no such axis, or a value that it cannot have; lists every problem.
@@ -234,18 +235,30 @@ def read_only(texts: list[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         axis, equals, values = text.partition("=")
         if axis not in AXES or not equals:
-            problems.append(Problem(f"--only {text}", f"write it as AXIS=VALUE,...; axes: {', '.join(AXES)}."))
+            near = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.6) if axis not in AXES else []
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(Problem(f"--only {text}", f"write it as AXIS=VALUE,...; axes: {', '.join(AXES)}.{hint}"))
             continue
-        found[axis] = tuple(values.split(","))
-        for value in found[axis]:
-            names = {"activation_checkpointing": POLICIES, "offload_optimizer": YES_OR_NO}.get(axis, ())
-            if names:
-                known = value in names
+        for value in values.split(","):
+            known = _axis_value(axis, value)
+            if known is None:
+                problems.append(Problem(f"--only {axis}={value}", f"allowed: {_allowed(axis)}."))
             else:
-                known = value.isdecimal() and (int(value) <= 3 if axis == "zero_stage" else int(value) > 0)
-            if not known:
-                allowed = ", ".join(names) or "whole numbers"
-                problems.append(Problem(f"--only {axis}={value}", f"allowed: {allowed}."))
+                found[axis] = (*found.get(axis, ()), known)
     if problems:
         raise ConfigError("plan", problems, "Mend the options.")
     return found
+
+
+_NAMED = {"activation_checkpointing": POLICIES, "offload_optimizer": YES_OR_NO, "zero_stage": ("0", "1", "2", "3")}
+
+
+def _axis_value(axis: str, text: str) -> str | None:
+    """The value as `layouts` compares it; None if the axis cannot have it."""
+    if axis in _NAMED:
+        return text if text in _NAMED[axis] else None
+    return str(int(text)) if text.isascii() and text.isdecimal() and int(text) > 0 else None
+
+
+def _allowed(axis: str) -> str:
+    return ", ".join(_NAMED.get(axis, ("whole numbers from 1 on",)))

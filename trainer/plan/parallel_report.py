@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def read_counts(text: str) -> list[int]:
     """Numbers of GPUs: `8`, `1,2,8`, or `1..1024` for 1, 2, 4, ..., 1024.
 
     Raises:
-        ConfigError: not such a list, or numbers out of 1 to 1024; lists every problem.
+        ConfigError: not such a list, numbers out of 1 to 1024, or a range that falls; lists every problem.
     """
     counts: list[int] = []
     problems = []
@@ -35,6 +36,9 @@ def read_counts(text: str) -> list[int]:
         ends = [first, last] if dots else [first]
         if not all(end.isdecimal() and 1 <= int(end) <= MAX_GPUS for end in ends):
             problems.append(Problem(f"gpus = {item!r}", f"not a number of 1 to {MAX_GPUS}, nor a range like 8..256."))
+            continue
+        if int(ends[-1]) < int(first):
+            problems.append(Problem(f"gpus = {item!r}", f"a range rises. Write {last}..{first}."))
             continue
         number = int(first)
         counts.append(number)
@@ -145,6 +149,22 @@ def parallel_text(plan: dict[str, Any]) -> str:
             f"{1e3 * step['predicted_seconds']:.0f} ({step['predicted_over_measured'] - 1:+.1%})"
         )
     return "\n".join([*lines, "", "Assumed over several GPUs:", *(f"  {line}" for line in plan["assumptions"])])
+
+
+def plot_problems(path: Path) -> list[Problem]:
+    """Why no picture can be written there; seen before a plan is computed."""
+    where = f"--plot {path}"
+    if path.suffix.lower() != ".png":
+        return [
+            Problem(where, f"the picture is a PNG. Name it {path.with_suffix('.png') if path.name else 'plan.png'}.")
+        ]
+    if path.is_dir():
+        return [Problem(where, f"is a folder. Name a file in it, e.g. {path / 'plan.png'}.")]
+    if not path.parent.is_dir():
+        return [Problem(where, f"there is no folder {path.parent}. Make it, or choose another file.")]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [Problem(where, "no permission to write there. Choose another file.")]
+    return []
 
 
 def save_plot(plan: dict[str, Any], title: str, path: Path) -> None:
