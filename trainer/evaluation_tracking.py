@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ LOGGED = "_LOGGED"
 MAX_DIGEST = 36  # MLflow's limit of a data set's digest
 BEST_ALIAS = "best-bpb"
 
-Outcome = Literal["logged", "elsewhere", "off", "later"]
+Outcome = Literal["logged", "elsewhere", "off", "refused", "later"]
 
 
 def log_evaluation(
@@ -46,33 +48,58 @@ def send_evaluation(
         make_store: another store than MLflow's.
 
     Returns:
-        logged: MLflow has all of it; elsewhere: another process is logging it; off: the run is not tracked; later:
-        the store, or the disk, is not there, and a later call sends it.
+        logged: MLflow has all of it; elsewhere: another process is logging it; off: the run is not tracked; refused:
+        the store answers but does not take this one as it is; later: the store does not answer. After either of the
+        last two a later call sends it.
     """
     folder = picture.parent
-    if (folder / LOGGED).exists():
-        return "logged"
+    opened: Callable[[], Store] | None = None
+    store: Store | None = None
     try:
+        if (folder / LOGGED).exists():
+            return "logged"
         config = recipes.load(RunConfig, run_dir / "config.yaml")
         if not config.tracking.enabled:
             return "off"
-        with exclusive(folder / LOCK, 0.0):
+        with ExitStack() as held:
+            try:
+                held.enter_context(exclusive(folder / LOCK, 0.0))
+            except TimeoutError:
+                return "elsewhere"
             if not (folder / LOGGED).exists():
-                backfill(run_dir, make_store)
-                store = make_store() if make_store else open_store(run_dir, config.tracking)
+                opened = make_store or partial(open_store, run_dir, config.tracking)
+                store = opened()
+                backfill(run_dir, opened)
                 _log_evaluation(store, _parent(run_dir, config), result, picture)
                 (folder / LOGGED).touch()
-    except TimeoutError:
-        return "elsewhere"
     except Exception as error:
+        refused = opened is None or (store is not None and _answers(opened))
+        what = "is refused by the tracking store" if refused else "is not in the tracking store yet"
         print(
-            f"longspan: evaluation {result['key'][:8]} is not in the tracking store yet ({brief(error)}); "
-            f"its result is complete in {folder}.",
+            f"longspan: evaluation {result['key'][:8]} of {run_dir} {what} ({brief(error)}); its "
+            f"result is complete in {folder}, and the next pass or `longspan evaluate` sends it.",
             file=sys.stderr,
             flush=True,
         )
-        return "later"
+        return "refused" if refused else "later"
     return "logged"
+
+
+def store_name(run_dir: Path) -> str:
+    """Which store a run's evaluations go to: runs with the same name share it. Never raises."""
+    try:
+        return tracking_uri(run_dir, recipes.load(RunConfig, run_dir / "config.yaml").tracking)
+    except Exception:  # a configuration that cannot be read: whatever goes wrong is this run's affair alone
+        return str(run_dir.absolute())
+
+
+def _answers(make_store: Callable[[], Store]) -> bool:
+    """Whether a store that just failed can be opened: then it has something against what it was given."""
+    try:
+        make_store()
+    except Exception:
+        return False
+    return True
 
 
 def move_best(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +116,50 @@ def test_a_cluster_of_ones_own_comes_and_goes(tmp_path: Path, capsys: pytest.Cap
     assert {name: value for name, value in os.environ.items() if name.startswith("RAY_")} == before
 
 
-def test_an_address_where_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    token = tmp_path / "token"
-    ray_local.write_token(token)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+@pytest.fixture(scope="module")
+def deaf() -> Iterator[dict[str, str]]:
+    """Addresses: nobody listens; somebody listens and never says a word; somebody speaks something else."""
+    silent, stranger = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+
+    def talk() -> None:
+        with suppress(OSError):  # closed at the end
+            while True:
+                connection, _ = stranger.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=talk, daemon=True).start()
+    ports = {"silent": silent.getsockname()[1], "stranger": stranger.getsockname()[1], "nobody": 1}
+    yield {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+    silent.close()
+    stranger.close()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("who", ["nobody", "silent", "stranger"])
+def test_an_address_where_no_ray_answers(
+    deaf: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, who: str, scheme: str
+) -> None:
+    monkeypatch.setattr(ray_local, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no token either"))
     run = tiny_run.run_directory(
         tmp_path / "runs" / "tiny", tiny_run.config(tiny_run.corpus(tmp_path / "corpus")), steps=(1,)
     )
-    spec = str(tiny_run.spec_file(tmp_path, **QUICK))
-    assert cli.main(["evals", "reconcile", str(run), "--spec", spec, "--once", "--address", "127.0.0.1:9"]) == 70
-    assert "no Ray cluster at --address 127.0.0.1:9" in capsys.readouterr().err
+    spec, address = str(tiny_run.spec_file(tmp_path, **QUICK)), scheme + deaf[who]
+    started = time.monotonic()
+    code = cli.main(["evals", "reconcile", str(run), "--spec", spec, "--once", "--json", "--address", address])
+    assert code == 70 and time.monotonic() - started < 30  # Ray itself waits for minutes
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert f"no Ray cluster at --address {address} (" in said["error"] and said["exit_code"] == 70
+    reason = {"nobody": "ConnectionRefused", "silent": "TimeoutError", "stranger": "HTTP/1.1"}[who]
+    assert reason in said["error"] and said["failed"] == said["evaluated"] == []
     assert list((run / "evals" / "leases").glob("[0-9a-f]*")) == [] and not (run / "evals" / "failed").exists()
 
 
 def test_a_token_must_be_there_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_local, "knock", lambda address: None)
+    monkeypatch.setattr(ray_local, "_greet", lambda address: None)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(ClusterError, match="no token for the Ray cluster"), ray_local.ray_session("127.0.0.1:9", 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import yaml
 
 from longspan.data_pipeline.manifest import Manifest
 from longspan.trainer import cli
@@ -90,3 +91,16 @@ def test_all_problems_of_a_spec_are_listed_at_once(
     message = capsys.readouterr().err
     assert "3 problems" in message and "Did you mean stride_tokens?" in message
     assert "precision = 'fp8'" in message and "stride_share = 0.9" in message
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "two words", "a\n", "x" * 65])
+@pytest.mark.parametrize("kind", [{}, {"kind": "synthetic", "suite": "parity"}], ids=["length", "task"])
+def test_a_name_that_is_a_path_or_nothing_ends_with_2(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: dict[str, str]
+) -> None:
+    raw = {"name": name, **(kind or {"context_tokens": [8, 64]})}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(raw))
+    assert call(run, "--spec", tmp_path / "spec.yaml") == 2
+    message = capsys.readouterr().err
+    assert f"name = {name!r}" in message and "use 1 to 64 letters, digits, `.`, `_` and `-`" in message
+    assert not (run / "evals").exists()

@@ -89,10 +89,46 @@ def test_who_lost_a_lease_is_told_and_does_not_take_it_away(path: Path) -> None:
     assert taken.renew()
 
 
-def test_a_torn_lease_is_free(path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "", "[]", "{}", '{"owner": "me"}', '{"beat": 1}', '{"owner": 1, "beat": 1}'])
+def test_a_torn_lease_is_free(path: Path, content: str) -> None:
     path.parent.mkdir()
-    path.write_text("{")
+    path.write_text(content)
+    assert lease.holder(path) is None
+    taken = Lease.take(path)
+    assert taken is not None and taken.renew()
+
+
+@pytest.mark.parametrize("missing", ["pid", "started", "host", "boot", "namespace"])
+def test_a_lease_that_does_not_name_its_process_is_known_by_its_heartbeat(path: Path, missing: str) -> None:
+    held = Lease.take(path)
+    content = json.loads(path.read_text())
+    del content[missing]
+    path.write_text(json.dumps(content))
+    assert Lease.take(path, valid_seconds=0.2) is None and lease.holder(path) is not None
+    assert held is not None and held.renew()
+    if missing != "host":  # without it the process is still known, and alive
+        assert Lease.take(path, valid_seconds=0.2) is None
+        time.sleep(0.3)
+        assert Lease.take(path, valid_seconds=0.2) is not None and not held.renew()
+
+
+def test_a_torn_note_of_the_first_look_begins_the_wait_again(path: Path) -> None:
     assert Lease.take(path) is not None
+    change(path, boot="another machine")
+    assert Lease.take(path, valid_seconds=0.0) is None
+    (look,) = path.parent.glob(".key.seen-*")
+    for torn in ({}, {"pulse": json.loads(look.read_text())["pulse"]}, {**json.loads(look.read_text()), "at": "x"}):
+        look.write_text(json.dumps(torn))
+        assert Lease.take(path, valid_seconds=0.0) is None
+    assert Lease.take(path, valid_seconds=0.0) is not None
+
+
+def test_a_lease_that_is_torn_in_its_holders_hands_is_lost_and_said_so(path: Path) -> None:
+    held = Lease.take(path)
+    path.write_text("{}")
+    assert held is not None and not held.renew()
+    held.release()
+    assert path.exists()
 
 
 def test_the_keeper_renews_and_notices_a_loss(tmp_path: Path) -> None:
@@ -100,7 +136,8 @@ def test_the_keeper_renews_and_notices_a_loss(tmp_path: Path) -> None:
         assert keeper.take("a", tmp_path / "leases" / "a") and keeper.take("b", tmp_path / "leases" / "b")
         assert not keeper.take("again", tmp_path / "leases" / "a")
         wait_for(lambda: json.loads((tmp_path / "leases" / "a").read_text())["beat"] >= 3)
-        change(tmp_path / "leases" / "b", owner="somebody else")
+        with lease._guard(tmp_path / "leases" / "b"):
+            change(tmp_path / "leases" / "b", owner="somebody else")
         wait_for(lambda: keeper.is_lost("b"))
         assert not keeper.is_lost("a")
     assert not (tmp_path / "leases" / "a").exists() and (tmp_path / "leases" / "b").exists()

@@ -69,3 +69,40 @@ def test_what_others_log_and_what_is_not_tracked_is_no_failure(server: Server, t
     for key in "abc":
         sending.add(tmp_path, key)
     assert sending.close() == [] and server.asked == ["a", "b", "c"]
+
+
+def test_a_store_that_is_down_holds_up_no_other(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "store_name", lambda run: run.name)
+    server.answers = lambda key: "later" if key.startswith("dead") else "logged"
+    sending = Sink()
+    for run, key in (("dead", "dead1"), ("live", "a"), ("dead", "dead2"), ("live", "b")):
+        sending.add(tmp_path / run / "evals", key)
+    assert [key for _, key in sending.close()] == ["dead1", "dead2"]
+    assert server.asked == ["dead1", "a", "b", "dead1"]  # the dead one once, and once at the end
+    assert sending.is_down(tmp_path / "dead" / "evals") and not sending.is_down(tmp_path / "live" / "evals")
+
+
+def test_what_a_store_refuses_holds_up_nothing_behind_it(server: Server, tmp_path: Path) -> None:
+    server.answers = lambda key: "refused" if key in "ab" else "logged"
+    sending = Sink()
+    for key in "abc":
+        sending.add(tmp_path, key)
+    assert [key for _, key in sending.close()] == ["a", "b"] and server.asked == ["a", "b", "c"]
+    assert not sending.is_down(tmp_path)
+
+
+def test_a_result_that_cannot_be_read_is_left_for_the_next_pass(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(folder: Path) -> dict[str, str]:
+        if folder.name == "a":
+            raise OSError(116, "Stale file handle")
+        return {"key": folder.name}
+
+    monkeypatch.setattr(sink, "read_result", stale)
+    sending = Sink()
+    for key in "ab":
+        sending.add(tmp_path, key)
+    assert [key for _, key in sending.close()] == ["a"] and server.asked == ["b"]

@@ -11,7 +11,15 @@ import pytest
 
 from longspan.errors import UsageError
 from longspan.trainer.evaluation.spec import EvaluationSpec
-from longspan.trainer.evaluation.targets import chunks, head_tokens, mask_digest, select, token_ranges, window_start
+from longspan.trainer.evaluation.targets import (
+    check_contexts,
+    chunks,
+    head_tokens,
+    mask_digest,
+    select,
+    token_ranges,
+    window_start,
+)
 
 SPEC = EvaluationSpec(
     name="test", context_tokens=(64, 500), spans_per_document=3, span_bytes=100, stride_tokens=32, modes=("carried",)
@@ -71,6 +79,31 @@ def test_sources_and_number_of_documents() -> None:
     assert few.entries == select(entries, SPEC).entries[:2]
     with pytest.raises(UsageError, match=r"1 of 1 documents hold 896 bytes.*The longest has 9000 bytes"):
         select(entries, SPEC.model_copy(update={"sources": ("t",)}))
+
+
+def test_a_source_without_documents_is_named_with_those_that_there_are() -> None:
+    entries = [*ENTRIES, Entry("other", 9000, "t")]
+    with pytest.raises(UsageError, match=r"sources names u, v: the held_out split .* It has those of s, t\."):
+        select(entries, SPEC.model_copy(update={"sources": ("u", "s", "v")}))
+    with pytest.raises(UsageError, match=r"sources names s: .* It has those of none\."):
+        select([], SPEC.model_copy(update={"sources": ("s",)}))
+
+
+def test_what_no_document_holds_is_said_once_for_all_documents() -> None:
+    spec = SPEC.model_copy(update={"context_tokens": (4,), "span_bytes": 2})
+    wide = np.array([0, *[3] * 20, 0])
+    wider = np.array([0, *[5] * 20, 0])
+    fine = np.array([0, *[1] * 20, 0])
+
+    def laid(*found: tuple[str, np.ndarray]) -> list[tuple[str, np.ndarray, list[tuple[int, int]]]]:
+        return [(name, sizes, token_ranges(sizes, [(5, 20)])) for name, sizes in found]
+
+    check_contexts(laid(("fine", fine)), spec)
+    with pytest.raises(UsageError, match=r"of a \(and of 1 documents more\) has 3 tokens .* set bytes_per_token to 5"):
+        check_contexts(laid(("a", wide), ("fine", fine), ("b", wider)), spec)
+    narrow = ("c", np.array([0, 9, 9]), token_ranges(np.array([0, 9, 9]), [(2, 8)]))
+    with pytest.raises(UsageError, match=r"(?s)a span of c holds .* has 9 bytes.*set bytes_per_token to 3"):
+        check_contexts([*laid(("a", wide)), narrow], spec)
 
 
 def test_a_target_token_lies_fully_inside_its_span() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.data_pipeline.synthetic.config import LanguageConfig
 from longspan.data_pipeline.synthetic.suites import SUITES
 from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, UsageError
 from longspan.trainer import cli
 from longspan.trainer.evaluation import task_documents, tasks
 from longspan.trainer.evaluation.run import evaluate
@@ -89,6 +89,32 @@ def test_errors_are_counted_where_they_are() -> None:
     assert long["right"] == 0 and long["total"] == sum(size >= 75 for size in sizes["51-100"]) > 0
     assert found["100-150", 1, 1]["errors"] == 80 and found["2-50", 0, 0]["errors"] == 0
     assert long["ci_high"] == pytest.approx(3 / long["total"])
+
+
+@pytest.mark.parametrize(
+    ("bins", "message"),
+    [
+        ([[0, 5]], r"\[0, 5\] is no range of sizes"),
+        ([[9, 5]], r"\[9, 5\] is no range of sizes"),
+        ([[1, 50], [50, 60]], r"\[50, 60\] begins at or below 50: ranges must rise and not overlap"),
+        ([[51, 60], [1, 50]], r"\[1, 50\] begins at or below 60"),
+    ],
+)
+def test_ranges_of_sizes_that_count_nothing_or_twice_are_refused(
+    tmp_path: Path, bins: list[list[int]], message: str
+) -> None:
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC.model_dump(mode="json"), "size_bins": bins}))
+    with pytest.raises(ConfigError, match=message):
+        load_spec(tmp_path / "spec.yaml")
+
+
+def test_ranges_of_sizes_without_a_sample_are_listed() -> None:
+    spec = SPEC.model_copy(update={"size_bins": ((1, 50), (160, 170), (900, 901))})
+    with pytest.raises(UsageError) as caught:
+        prepared(Parity(), spec)
+    for part in ("from 160 to 170", "from 900 to 901", "test set 51-100 is counted", "100-150: 10"):
+        assert part in str(caught.value), caught.value
+    assert "2-50 is counted" not in str(caught.value)
 
 
 def test_batch_and_shards_change_nothing() -> None:

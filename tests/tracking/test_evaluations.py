@@ -93,7 +93,7 @@ def test_the_training_run_comes_first(run_dir: Path, store: FakeStore) -> None:
     write_steps(run_dir, 1, 2)
     result, picture = evaluation(run_dir)
     with exclusive(run_dir / LOCK, 0.0):  # its tracker is at work, but has not reached the store yet
-        assert send_evaluation(run_dir, result, picture, store.open) == "later"
+        assert send_evaluation(run_dir, result, picture, store.open) == "refused"  # the store is there
         assert store.runs == {} and not (picture.parent / "_LOGGED").exists()
     assert send_evaluation(run_dir, result, picture, store.open) == "logged"
     assert store.runs["run1"]["tags"]["mlflow.parentRunId"] == "run0"

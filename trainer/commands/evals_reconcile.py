@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from longspan.errors import ClusterError, LongspanError, Stopped, UsageError
+from longspan.errors import EXIT_USAGE, ClusterError, LongspanError, Stopped, UsageError
 from longspan.trainer.evaluation.specs import Spec, load_spec
 
 CORES_PER_WORKER = 4
@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         What the last pass saw and did, as `trainer.evaluation.reconcile.Report`.
 
     Raises:
-        ConfigError, UsageError: a spec or an option is wrong, or a path is no run directory.
-        ClusterError: Ray does not start, or (with --once) an evaluation failed in this pass; the others are done.
+        ConfigError, UsageError: a spec or an option is wrong, or a path is no run directory; the other runs are done.
+        ClusterError: Ray does not start, or (with --once) an evaluation failed in this pass, or a run cannot be read;
+            the others are done.
         Stopped: a signal came in the middle of a pass; what was begun is kept.
     """
     specs = read_specs(args)
@@ -56,22 +57,38 @@ def _pass(
         if not keep_going or isinstance(error, UsageError):
             raise
         print(f"longspan: {error} The next pass tries again.", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+        return {**error.done, "error": str(error)}
     shown = dataclasses.asdict(report)
     if not args.json:
         print(_text(shown), flush=True)
+    problem: LongspanError | None = _problem(shown)
     if stop.is_set() and not keep_going:
-        raise Stopped("stopped by a signal; finished shards are kept, the next pass goes on with them.")
-    if report.failed:
-        reasons = "\n".join(f"  {entry['checkpoint']}: {entry['reason'].strip()}" for entry in report.failed)
-        message = (
-            f"{len(report.failed)} evaluations failed, noted in RUN/evals/failed. `longspan evals status` lists them; "
+        problem = Stopped("stopped by a signal; finished shards are kept, the next pass goes on with them.")
+    if problem is not None and not keep_going:
+        problem.done = shown
+        raise problem
+    if problem is not None:
+        print(f"longspan: {problem}", file=sys.stderr, flush=True)
+    return shown
+
+
+def _problem(report: dict[str, list[dict[str, Any]]]) -> LongspanError | None:
+    """What went wrong in a pass that did everything else; None for nothing."""
+    failed, refused, parts = report["failed"], report["refused"], []
+    if failed:
+        reasons = "\n".join(f"  {entry['checkpoint']}: {entry['reason'].strip()}" for entry in failed)
+        parts.append(
+            f"{len(failed)} evaluations failed, noted in RUN/evals/failed. `longspan evals status` lists them; "
             f"mend the cause, then `longspan evals retry`:\n{reasons}"
         )
-        if not keep_going:
-            raise ClusterError(message)
-        print(f"longspan: {message}", file=sys.stderr, flush=True)
-    return shown
+    if refused:
+        reasons = "\n".join(f"  {entry['run']}: {entry['reason']}" for entry in refused)
+        parts.append(
+            f"{len(refused)} runs were left out; what could be done for the others is done. Mend them or name "
+            f"run directories only:\n{reasons}"
+        )
+    usage = not failed and all(entry["exit_code"] == EXIT_USAGE for entry in refused)
+    return (UsageError if usage else ClusterError)("\n".join(parts)) if parts else None
 
 
 def read_specs(args: argparse.Namespace) -> list[Spec]:
@@ -134,6 +151,14 @@ def _text(report: dict[str, list[Any]]) -> str:
         head = f"Submitted {len(report['submitted'])}, evaluated {len(report['evaluated'])}."
     counts = ", ".join(
         f"{name.replace('_', ' ')}: {len(report[name])}"
-        for name in ("already_evaluated", "in_progress_elsewhere", "failed", "failed_before", "not_logged", "alerts")
+        for name in (
+            "already_evaluated",
+            "in_progress_elsewhere",
+            "failed",
+            "failed_before",
+            "not_logged",
+            "alerts",
+            "refused",
+        )
     )
     return f"{head}\n  {counts}"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from longspan.errors import UsageError
 from longspan.trainer.commands.evals_reconcile import read_specs
 
 HEADINGS = ("run", "step", "spec", "state", "bits/byte", "logged")
@@ -18,19 +19,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         `evaluations`: run, step, spec, key, state, bits_per_byte, logged, attempts, reason; `counts` by state.
 
     Raises:
-        ConfigError, UsageError: a spec is wrong, or a path is no run directory.
+        ConfigError, UsageError: a spec is wrong, or a path is no run directory; the other runs are shown.
     """
     specs = read_specs(args)
     from longspan.trainer.evaluation.status import entries
 
-    found = [entry for name in args.runs for spec in specs for entry in entries(Path(name), spec)]
+    found: list[dict[str, Any]] = []
+    problems = []
+    for name in args.runs:
+        try:
+            found += [entry for spec in specs for entry in entries(Path(name), spec)]
+        except UsageError as error:
+            problems.append(str(error))
     counts: dict[str, int] = {}
     for entry in found:
         counts[entry["state"]] = counts.get(entry["state"], 0) + 1
     if not args.json:
         print(_table(found))
         print(", ".join(f"{state}: {count}" for state, count in counts.items()) or "No committed checkpoint yet.")
-    return {"evaluations": found, "counts": counts}
+    shown = {"evaluations": found, "counts": counts}
+    if problems:
+        wrong = UsageError("\n".join(problems))
+        wrong.done = shown
+        raise wrong
+    return shown
 
 
 def _table(found: list[dict[str, Any]]) -> str:

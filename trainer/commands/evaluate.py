@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longspan.cluster.environment import read_place
 from longspan.trainer.evaluation.specs import load_spec
 
 PROGRESS_SECONDS = 5.0
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from longspan.trainer.evaluation.run import default_device, evaluate
 
     out = Path(args.out) if args.out else None
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if read_place().world_size == 1:
         result = evaluate(checkpoint, spec, out, device=default_device(), progress=_progress())
         return report(checkpoint, result, show=not args.json)
     from longspan.cluster.config import ParallelConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,11 +69,13 @@ def note_failure(
     path = _file(evals, key)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        evals.mkdir(exist_ok=True)  # no parents: a run that was deleted does not come back as a folder of failures
+        path.parent.mkdir(exist_ok=True)
         temporary.write_text(json.dumps(asdict(failure), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return failure
 
 

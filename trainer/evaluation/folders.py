@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,32 @@ def commit_time(checkpoint: Path) -> float:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """A finished result; None if there is none."""
+    """A finished result; None if there is none, or a torn one: whoever publishes the next puts that aside.
+
+    Args:
+        folder: RUN/evals/KEY.
+
+    Raises:
+        OSError: it is there and cannot be read at the moment; to evaluate again would replace it.
+    """
     if not (folder / SUCCESS).is_file():
         return None
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return result
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("key") == folder.name else None
+
+
+def is_torn(folder: Path) -> bool:
+    """Whether a folder calls itself finished and holds no result."""
+    return (folder / SUCCESS).is_file() and read_result(folder) is None
+
+
+def put_aside(folder: Path) -> None:
+    """Make room for a result where a torn one lies, which is kept under another name."""
+    with suppress(FileNotFoundError):
+        folder.rename(folder.with_name(f".torn-{folder.name}-{uuid.uuid4().hex[:8]}"))
 
 
 def read_results(evals: Path, spec: Spec) -> list[tuple[Path, dict[str, Any]]]:

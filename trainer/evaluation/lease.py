@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ class Lease:
         """The lease, or None while somebody else holds it.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder cannot be written to, or what it lies in has gone.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with _guard(path):
-            if path.exists() and _is_held(path, _read(path), valid_seconds):
+            if path.exists() and _is_held(path, _read_lease(path), valid_seconds):
                 return None
             owner = uuid.uuid4().hex
             _write(path, {"owner": owner, "beat": 0, **_this_process()})
@@ -48,9 +49,11 @@ class Lease:
             return cls(path, owner)
 
     def renew(self) -> bool:
-        """Say that the work goes on; False if the lease was lost: the work is somebody else's now."""
+        """Say that the work goes on; False if the lease was lost: the work is somebody else's now, or was deleted."""
+        if not self._path.parent.is_dir():
+            return False
         with _guard(self._path):
-            held = _read(self._path)
+            held = _read_lease(self._path)
             if held.get("owner") != self._owner:
                 return False
             _write(self._path, {**held, "beat": held["beat"] + 1})
@@ -58,6 +61,8 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back; nothing happens if it was lost."""
+        if not self._path.parent.is_dir():
+            return
         with _guard(self._path):
             if _read(self._path).get("owner") == self._owner:
                 self._path.unlink()
@@ -98,7 +103,8 @@ class Keeper:
         with self._lock:
             lease = self._held.pop(name, None)
         if lease is not None:
-            lease.release()
+            with suppress(OSError):  # free when this process ends
+                lease.release()
 
     def is_lost(self, name: str) -> bool:
         """Whether somebody else took a lease that was held here."""
@@ -123,14 +129,14 @@ class Keeper:
 
 def holder(path: Path) -> str | None:
     """Who holds a lease, for people: `host, pid`; None if nobody does."""
-    held = _read(path)
+    held = _read_lease(path)
     if not held or (_is_local(held) and not _is_alive(held)):
         return None
-    return f"{held['host']}, pid {held['pid']}"
+    return f"{held.get('host', 'an unknown machine')}, pid {held.get('pid', 'unknown')}"
 
 
 def _is_held(path: Path, held: dict[str, Any], valid_seconds: float) -> bool:
-    if not held:  # torn by a crash of the machine
+    if not held:
         return False
     if _is_local(held):
         return _is_alive(held)
@@ -142,8 +148,9 @@ def _beats(path: Path, held: dict[str, Any], valid_seconds: float) -> bool:
     now, pulse = time.clock_gettime(time.CLOCK_BOOTTIME), f"{held['owner']} {held['beat']}"
     look = path.with_name(f".{path.name}.seen-{_boot()[:8]}")
     seen = _read(look)
-    if seen.get("pulse") == pulse and seen["at"] <= now:
-        return bool(now - seen["at"] < valid_seconds)
+    began = seen.get("at")
+    if seen.get("pulse") == pulse and isinstance(began, float) and began <= now:
+        return now - began < valid_seconds
     _write(look, {"pulse": pulse, "at": now})
     return True
 
@@ -165,7 +172,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_local(held: dict[str, Any]) -> bool:
-    return bool(held.get("boot") == _boot() and held.get("namespace") == os.readlink("/proc/self/ns/pid"))
+    here = held.get("boot") == _boot() and held.get("namespace") == os.readlink("/proc/self/ns/pid")
+    return here and {"pid", "started"} <= held.keys()  # another version may name its process in another way
 
 
 def _is_alive(held: dict[str, Any]) -> bool:
@@ -183,6 +191,12 @@ def _start_ticks(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] == "Z" else fields[19]
+
+
+def _read_lease(path: Path) -> dict[str, Any]:
+    """What a lease says, at least owner and beat; {} if there is none, or a crash of the machine tore it."""
+    held = _read(path)
+    return held if isinstance(held.get("owner"), str) and isinstance(held.get("beat"), int) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

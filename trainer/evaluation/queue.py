@@ -43,6 +43,11 @@ class Job:
     not_before: float = 0.0
 
     @property
+    def place(self) -> str:
+        """Where its result goes; nothing else tells copies of one checkpoint apart, whose keys are equal."""
+        return str(self.evals.absolute() / self.key)
+
+    @property
     def name(self) -> str:
         """For Ray's lists: eval-RUN-STEP-SPEC-aATTEMPT."""
         run, spec = self.evals.parent.name, self.spec.digest[:8]
@@ -68,7 +73,7 @@ class Job:
             "attempt": self.attempt,
             **more,
         }
-        return Task(self.name, self.key, method, request)
+        return Task(self.name, self.place, method, request)
 
     def died(self, task: Task) -> None:
         """The worker of a task is gone: try that again, a little later."""
@@ -121,12 +126,12 @@ class Queue:
         self._is_lost = is_lost
         self._stopped = stopped
         begun.started = time.monotonic()
-        self._active = {begun.key: begun}
+        self._active = {begun.place: begun}  # by place
 
     def next_task(self, group: str | None) -> Task | None:
         """A shard of the job that the worker has loaded, else of another that runs, else a new job."""
-        for key in [key for key, job in self._active.items() if self._is_lost(job)]:
-            del self._active[key]
+        for place in [place for place, job in self._active.items() if self._is_lost(job)]:
+            del self._active[place]
         if self._stopped():
             return None
         first = [self._active[group]] if group in self._active else []
@@ -138,7 +143,7 @@ class Queue:
             job = self._jobs.popleft()
             if self._claim(job):
                 job.started = time.monotonic()
-                self._active[job.key] = job
+                self._active[job.place] = job
                 return job.next_task()
         return None
 
@@ -165,9 +170,9 @@ class Queue:
         elif value.get("missing"):
             job.again(value["missing"])
         else:
-            del self._active[job.key]
+            del self._active[job.place]
             self._evaluated(job)
 
     def _end(self, job: Job, reason: str, exit_code: int | None, transient: bool) -> None:
-        del self._active[job.key]
+        del self._active[job.place]
         self._failed(job, reason, exit_code, transient)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,19 +23,19 @@ from typing import Any
 
 from longspan.cluster.actor_pool import Shape, run_pool
 from longspan.cluster.ray_local import ray_session
-from longspan.errors import EXIT_FAULT, LongspanError, UsageError
+from longspan.errors import EXIT_FAULT, EXIT_UNEXPECTED, EXIT_USAGE, ClusterError, LongspanError, UsageError
 from longspan.trainer.checkpoint.awaited import await_new_ones
-from longspan.trainer.checkpoint.manifest import committed_folders
+from longspan.trainer.checkpoint.manifest import COMMITTED, committed_folders
 from longspan.trainer.checkpoint.verify import CHECKPOINTS, pin, unpin
 from longspan.trainer.evaluation import alert, failures
 from longspan.trainer.evaluation.best import follow
 from longspan.trainer.evaluation.events import note as note_event
-from longspan.trainer.evaluation.folders import EVALS, LEASES, key_of, read_result, work_folder
+from longspan.trainer.evaluation.folders import EVALS, LEASES, is_torn, key_of, read_result, work_folder
 from longspan.trainer.evaluation.lease import Keeper
 from longspan.trainer.evaluation.queue import Job, Queue
 from longspan.trainer.evaluation.sink import Sink
 from longspan.trainer.evaluation.specs import Spec
-from longspan.trainer.evaluation.worker import EvaluationWorker
+from longspan.trainer.evaluation.worker import EvaluationWorker, is_transient
 from longspan.trainer.evaluation_tracking import move_best
 
 
@@ -53,7 +54,10 @@ class Place:
 
 @dataclass
 class Report:
-    """What one pass saw and did; entries are checkpoint paths, of failures also key, reason, attempts."""
+    """What one pass saw and did; entries are checkpoint paths, of failures also key, reason, attempts.
+
+    `refused` lists runs that could not be looked through, with reason and exit code; the others were.
+    """
 
     submitted: list[str] = field(default_factory=list)
     evaluated: list[str] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Report:
     failed_before: list[dict[str, Any]] = field(default_factory=list)
     not_logged: list[str] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
 
 
 def reconcile(
@@ -87,35 +92,62 @@ def reconcile(
         worker: class of the workers.
 
     Raises:
-        UsageError: a path is no run directory; nothing was submitted.
-        ClusterError, SecurityError: Ray does not start, does not answer or has no room; nothing is lost.
+        UsageError: no path is a run directory; nothing was submitted.
+        ClusterError, SecurityError: Ray does not start, does not answer or has no room; nothing is lost. All of
+            these say in `done` what the pass came to before.
     """
-    for run in runs:
-        if not (run / CHECKPOINTS).is_dir():
-            raise UsageError(f"{run} is no run directory: there is no {CHECKPOINTS} folder in it.")
-    with Keeper() as leases:
-        this = _Pass(leases, note)
-        try:
-            jobs = [job for run in runs for spec in specs for job in this.observe(run / EVALS, spec)]
-            if jobs:
-                this.run(jobs, place, worker, stopped)
-        finally:
-            this.close(runs, specs)
-        if rule is not None:
-            for run in runs:
-                for spec in specs:
-                    this.report.alerts += alert.check(run / EVALS, spec, rule, note)
-    return this.report
+    runs, specs = _distinct(runs), list({spec.digest: spec for spec in specs}.values())
+    report = Report()
+    try:
+        with Keeper() as leases:
+            this = _Pass(leases, note, report)
+            try:
+                jobs = [job for run in runs for job in this.look_through(run, specs)]
+                if len(report.refused) == len(runs) and all(e["exit_code"] == EXIT_USAGE for e in report.refused):
+                    raise UsageError(" ".join(entry["reason"] for entry in report.refused))
+                if jobs:
+                    this.run(jobs, place, worker, stopped)
+            finally:
+                this.close(runs, specs)
+            if rule is not None:
+                this.raise_alerts(runs, specs, rule)
+    except LongspanError as error:
+        error.done = asdict(report)
+        raise
+    except OSError as error:  # of Ray's files, or a disk that is full everywhere
+        fault = ClusterError(f"the pass was broken off: {error}. What is finished is kept; the next pass goes on.")
+        fault.done = asdict(report)
+        raise fault from error
+    return report
+
+
+def _distinct(runs: Sequence[Path]) -> list[Path]:
+    """Each run once, whatever paths lead to it."""
+    return list({run.resolve(): run for run in reversed(runs)}.values())[::-1]
 
 
 class _Pass:
     """One pass: what it holds, and what it has to tell."""
 
-    def __init__(self, leases: Keeper, note: Callable[[str], None]) -> None:
-        self.report = Report()
+    def __init__(self, leases: Keeper, note: Callable[[str], None], report: Report) -> None:
+        self.report = report
         self._leases = leases
         self._note = note
         self._sink = Sink()
+
+    def look_through(self, run: Path, specs: Sequence[Spec]) -> list[Job]:
+        """Jobs of one run; one that cannot be looked through is reported, and keeps nobody else from its turn."""
+        jobs: list[Job] = []
+        try:
+            if not (run / CHECKPOINTS).is_dir():
+                raise UsageError(f"{run} is no run directory: there is no {CHECKPOINTS} folder in it.")
+            for spec in specs:
+                jobs += self.observe(run / EVALS, spec)
+        except (LongspanError, OSError) as error:
+            exit_code = error.exit_code if isinstance(error, LongspanError) else EXIT_FAULT
+            self.report.refused.append({"run": str(run), "reason": str(error), "exit_code": exit_code})
+            self._note(f"{run}: {error}")
+        return jobs
 
     def observe(self, evals: Path, spec: Spec) -> list[Job]:
         """Jobs for the checkpoints of a run without a result, newest first; each is pinned. Logs what is not logged."""
@@ -124,8 +156,9 @@ class _Pass:
         for checkpoint in reversed(committed_folders(evals.parent / CHECKPOINTS)):
             try:
                 job = Job(evals, checkpoint, spec, key_of(checkpoint, spec))
-            except LongspanError as error:
-                self._fail_unkeyed(evals, checkpoint, spec, error)
+            except (LongspanError, OSError) as error:
+                if (checkpoint / COMMITTED).is_file():  # else pruned just now
+                    self._fail_unkeyed(evals, checkpoint, spec, error)
                 continue
             known = failures.read_failure(evals, job.key)
             if read_result(evals / job.key) is not None:
@@ -134,6 +167,8 @@ class _Pass:
                 self.report.failed_before.append(asdict(known))
                 unpin(checkpoint, pin_owner(spec))
             elif self._pin(job):
+                if is_torn(evals / job.key):
+                    self._note(f"{job.name}: its result is damaged, so it is evaluated again")
                 job.attempt = known.attempts + 1 if known else 1
                 jobs.append(job)
         return jobs
@@ -159,24 +194,44 @@ class _Pass:
             run_pool(ray, worker, shape, queue)
 
     def close(self, runs: Sequence[Path], specs: Sequence[Spec]) -> None:
-        """Wait for MLflow; name the best checkpoints there, if it has what was sent."""
+        """Wait for MLflow; name the best checkpoints there, of those that were sent."""
         self.report.not_logged = sorted(str(evals / key) for evals, key in self._sink.close())
-        if not self.report.not_logged:
-            for run in runs:
+        for run in runs:
+            if not self._sink.is_down(run / EVALS):
+                with self._going_on(f"{run}: its best checkpoint is not known"):
+                    for spec in specs:
+                        follow(run / EVALS, spec, partial(move_best, run))
+
+    def raise_alerts(self, runs: Sequence[Path], specs: Sequence[Spec], rule: alert.Rule) -> None:
+        """Raise what alerts there are."""
+        for run in runs:
+            with self._going_on(f"{run}: alerts are not raised"):
                 for spec in specs:
-                    follow(run / EVALS, spec, partial(move_best, run))
+                    self.report.alerts += alert.check(run / EVALS, spec, rule, self._note)
+
+    @contextmanager
+    def _going_on(self, otherwise: str) -> Iterator[None]:
+        """Do something about one run; if its files stand against it, say so, and go on with the next."""
+        try:
+            yield
+        except (OSError, LookupError, TypeError, ValueError) as error:  # unreadable, or another version's
+            self._note(f"{otherwise}: {type(error).__name__}: {error}")
 
     def _claim(self, job: Job) -> bool:
         """Whether this pass does the job: nobody else is at it or has done it, and the checkpoint is still there."""
-        if not self._leases.take(job.key, job.evals / LEASES / job.key):
-            self.report.in_progress_elsewhere.append(str(job.checkpoint))
-            return False
-        known = failures.read_failure(job.evals, job.key)
-        done, refused = read_result(job.evals / job.key) is not None, known is not None and known.is_final
-        if done or refused or not self._pin(job):  # somebody was faster
-            if done:
-                self._settle(job)
-            self._leases.release(job.key)
+        try:
+            if not self._leases.take(job.place, job.evals / LEASES / job.key):
+                self.report.in_progress_elsewhere.append(str(job.checkpoint))
+                return False
+            known = failures.read_failure(job.evals, job.key)
+            done, refused = read_result(job.evals / job.key) is not None, known is not None and known.is_final
+            if done or refused or not self._pin(job):  # somebody was faster
+                if done:
+                    self._settle(job)
+                self._leases.release(job.place)
+                return False
+        except OSError as error:  # a full disk
+            self._failed(job, str(error), EXIT_UNEXPECTED, is_transient(error))
             return False
         self.report.submitted.append(str(job.checkpoint))
         note_event(job.evals, "claimed", job.key, name=job.name)
@@ -184,12 +239,17 @@ class _Pass:
 
     def _evaluated(self, job: Job) -> None:
         """Believe the result's `_SUCCESS` alone."""
-        if read_result(job.evals / job.key) is None:
-            self._failed(job, "ended without a result", None, False)
+        try:
+            if read_result(job.evals / job.key) is None:
+                self._failed(job, "ended without a result", None, False)
+                return
+        except OSError as error:
+            self._failed(job, str(error), EXIT_UNEXPECTED, is_transient(error))
             return
         note_event(job.evals, "evaluated", job.key, name=job.name)
         self.report.evaluated.append(str(job.checkpoint))
-        failures.forget_failure(job.evals, job.key)
+        with suppress(OSError):  # the next pass clears up
+            failures.forget_failure(job.evals, job.key)
         self._let_go(job)
         self._sink.add(job.evals, job.key)
         self._note(f"{job.name}: {time.monotonic() - job.started:.0f} s")
@@ -209,24 +269,25 @@ class _Pass:
         if failure.is_final:
             self._let_go(job)
         else:
-            self._leases.release(job.key)  # stays pinned for the next try
+            self._leases.release(job.place)  # stays pinned for the next try
         self._note(f"{job.name}: failed: {reason.strip().splitlines()[-1] if reason.strip() else 'no reason given'}")
 
-    def _fail_unkeyed(self, evals: Path, checkpoint: Path, spec: Spec, error: LongspanError) -> None:
+    def _fail_unkeyed(self, evals: Path, checkpoint: Path, spec: Spec, error: LongspanError | OSError) -> None:
         """A checkpoint whose key cannot be made: damaged for good, or its corpus is not there at the moment."""
         key = failures.unkeyed(spec.digest, checkpoint.name)
         known = failures.read_failure(evals, key)
         if known is not None and known.is_final:
             self.report.failed_before.append(asdict(known))
             return
-        damaged = error.exit_code == EXIT_FAULT
+        exit_code = error.exit_code if isinstance(error, LongspanError) else EXIT_UNEXPECTED
+        damaged = exit_code == EXIT_FAULT
         failure = failures.note_failure(
             evals,
             key,
             checkpoint=checkpoint,
             spec=spec.name,
             reason=str(error),
-            exit_code=error.exit_code,
+            exit_code=exit_code,
             transient=not damaged,
         )
         self.report.failed.append(asdict(failure))
@@ -248,11 +309,12 @@ class _Pass:
         return True
 
     def _let_go(self, job: Job) -> None:
-        unpin(job.checkpoint, pin_owner(job.spec))
-        self._leases.release(job.key)
+        with suppress(OSError):  # the next pass clears up
+            unpin(job.checkpoint, pin_owner(job.spec))
+        self._leases.release(job.place)
 
     def _is_lost(self, job: Job) -> bool:
-        lost = self._leases.is_lost(job.key)
+        lost = self._leases.is_lost(job.place)
         if lost:
             note_event(job.evals, "lost", job.key, name=job.name)
         return lost

@@ -25,7 +25,15 @@ from longspan.trainer.checkpoint.load import LoadedModel, load_model, read_token
 from longspan.trainer.corpus_tokenizer import check_tokenizer
 from longspan.trainer.evaluation import targets
 from longspan.trainer.evaluation.describe import describe
-from longspan.trainer.evaluation.folders import CURVE, RESULT, SUCCESS, evals_folder, read_result
+from longspan.trainer.evaluation.folders import (
+    CURVE,
+    RESULT,
+    SUCCESS,
+    evals_folder,
+    is_torn,
+    put_aside,
+    read_result,
+)
 from longspan.trainer.evaluation.plot import curve_png
 from longspan.trainer.evaluation.ranks import sum_over_ranks, together
 from longspan.trainer.evaluation.repeats import repeated_tokens
@@ -266,11 +274,11 @@ def _read_documents(
 ) -> list[ScoredDocument]:
     """Each document from bos to eos or to the end of its head; the whole document is verified by its hash."""
     tokenizer = None
+    sizes = [reader.target_bytes_range(entry, 0, entry.num_tokens) for entry in selection.entries]
+    laid = list(map(targets.token_ranges, sizes, selection.spans))
+    targets.check_contexts(zip((entry.id for entry in selection.entries), sizes, laid, strict=True), spec)
     documents = []
-    for entry, spans in zip(selection.entries, selection.spans, strict=True):
-        token_bytes = reader.target_bytes_range(entry, 0, entry.num_tokens)
-        ranges = targets.token_ranges(token_bytes, spans)
-        targets.check_context(entry.id, token_bytes, ranges, spec)
+    for entry, token_bytes, ranges in zip(selection.entries, sizes, laid, strict=True):
         end = targets.head_tokens(token_bytes, spec.max_document_bytes)
         tokens = reader.token_range(entry, 0, end)
         words = None
@@ -337,6 +345,8 @@ def publish(folder: Path, result: dict[str, Any]) -> None:
         for name in (RESULT, CURVE, SUCCESS):
             with (temporary / name).open("rb") as file:
                 os.fsync(file.fileno())
+        if is_torn(folder):
+            put_aside(folder)
         os.rename(temporary, folder)
     except OSError:
         if read_result(folder) is None:  # else another evaluation of the same key was first

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, Protocol
+import re
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 PROTOCOL = "ppl-vs-length/1.1"
 """Version of targets, modes and reductions; raise the number when any result would change."""
@@ -14,12 +15,22 @@ PROTOCOL = "ppl-vs-length/1.1"
 Mode = Literal["truncated", "carried", "reset", "state_reset", "swapped", "local"]
 
 
+def _safe_name(name: str) -> str:
+    """A name that can stand in tables, tags and names of files; no path."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("use 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit")
+    return name
+
+
+SpecName = Annotated[str, AfterValidator(_safe_name)]
+
+
 class EvaluationSpec(BaseModel):
     """Perplexity versus context length on fixed targets of held-out documents."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field(description="name of the spec, shown in results")
+    name: SpecName = Field(description="name of the spec, shown in results; no path")
     shards: str | None = Field(None, description="folder of shards; those that the checkpoint was trained on if unset")
     split: Literal["held_out", "train"] = Field("held_out", description="documents to score")
     sources: tuple[str, ...] | None = Field(None, min_length=1, description="only documents of these sources")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from longspan.data_pipeline.synthetic.suites import SUITES
 from longspan.trainer import recipes
-from longspan.trainer.evaluation.spec import EvaluationSpec, digest_of
+from longspan.trainer.evaluation.spec import EvaluationSpec, SpecName, digest_of
 
 GENERATORS = "synthetic-tasks/1"
 """Version of the tasks' generators; raise the number when any sample changes."""
@@ -22,7 +22,7 @@ class TaskSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["synthetic"] = Field(description="what tells it from a spec of perplexity versus length")
-    name: str = Field(description="name of the spec, shown in results")
+    name: SpecName = Field(description="name of the spec, shown in results; no path")
     suite: str = Field(description="task with its published test sets, as in docs/synthetic_tasks.md")
     tests: tuple[str, ...] | None = Field(None, min_length=1, description="test sets of the suite; all if unset")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the drawn samples; all are reported")
@@ -31,7 +31,9 @@ class TaskSpec(BaseModel):
         65536, ge=1, description="samples are joined, one a line, until a document has this many; 1: each alone"
     )
     size_bins: tuple[tuple[int, int], ...] | None = Field(
-        None, min_length=1, description="sizes, from and to, that are counted apart within a test set; one bin if unset"
+        None,
+        min_length=1,
+        description="sizes, from and to, rising, that are counted apart within a test set; one bin if unset",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of weights and activations")
     batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass; changes speed and memory alone")
@@ -57,6 +59,18 @@ class TaskSpec(BaseModel):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError(f"{list(seeds)} are not different numbers from 0 on")
         return seeds
+
+    @field_validator("size_bins")
+    @classmethod
+    def _bins_apart(cls, bins: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        below = 0
+        for low, high in bins or ():
+            if not 1 <= low <= high:
+                raise ValueError(f"[{low}, {high}] is no range of sizes: give [from, to] with 1 <= from <= to")
+            if low <= below:
+                raise ValueError(f"[{low}, {high}] begins at or below {below}: ranges must rise and not overlap")
+            below = high
+        return bins
 
     @property
     def test_names(self) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ differences in context and nothing else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,11 @@ def select(candidates: Iterable[DocumentEntry], spec: EvaluationSpec) -> Selecti
     head of the longest document ends where the second longest does, so that each position has a donor.
 
     Raises:
-        UsageError: fewer than two documents are long enough, or the head is shorter than the targets need.
+        UsageError: a source has no documents, fewer than two documents are long enough, or the head is shorter than
+            the targets need.
     """
+    candidates = list(candidates)
+    _check_sources({entry.source for entry in candidates}, spec)
     wanted = [entry for entry in candidates if spec.sources is None or entry.source in spec.sources]
     first = -(-spec.longest_tokens * spec.bytes_per_token // spec.stride_tokens) * spec.stride_tokens
     needed = first + spec.spans_per_document * (-(-spec.span_bytes // spec.stride_tokens) * spec.stride_tokens)
@@ -68,6 +72,15 @@ def select(candidates: Iterable[DocumentEntry], spec: EvaluationSpec) -> Selecti
         head = second_longest if head is None else min(head, second_longest)
     spans = [document_spans(entry, spec, first, head) for entry in entries]
     return Selection(entries, spans, [entry for entry in wanted if entry.num_bytes < needed], needed, head)
+
+
+def _check_sources(known: set[str], spec: EvaluationSpec) -> None:
+    unknown = [source for source in spec.sources or () if source not in known]
+    if unknown:
+        raise UsageError(
+            f"sources names {', '.join(unknown)}: the {spec.split} split has no documents of that source. It has those "
+            f"of {', '.join(sorted(known)) or 'none'}."
+        )
 
 
 def place_of(name: str) -> bytes:
@@ -130,28 +143,44 @@ def head_tokens(token_bytes: np.ndarray, head_bytes: int | None) -> int:
     return min(int(np.searchsorted(ends, head_bytes, side="right")), len(ends) - 1)
 
 
-def check_context(name: str, token_bytes: np.ndarray, ranges: list[tuple[int, int]], spec: EvaluationSpec) -> None:
-    """See that the spans of a document hold tokens, with the longest context before the first of them.
+def check_contexts(documents: Iterable[tuple[str, np.ndarray, list[tuple[int, int]]]], spec: EvaluationSpec) -> None:
+    """See that the spans of all documents hold tokens, with the longest context before the first of them.
 
     Args:
-        name: of the document. token_bytes: int[n], as of `token_ranges`. ranges: what that returned.
+        documents: of each its name, the bytes of its tokens int[n] and what `token_ranges` returned.
 
     Raises:
-        UsageError: a span holds no whole token, or there are too few before the first; names the setting to change.
+        UsageError: a span holds no whole token, or there are too few before the first; gives for each setting the
+            value that suits all of these documents.
     """
-    if (0, 0) in ranges:
-        raise UsageError(
-            f"span_bytes = {spec.span_bytes}: a span of {name} holds no whole token; the longest token there has "
-            f"{int(token_bytes.max())} bytes. Raise span_bytes."
-        )
     longest = spec.longest_tokens
-    if ranges[0][0] < longest:
-        rate = -(-int(token_bytes[: longest + 1].sum()) // longest)
-        raise UsageError(
-            f"bytes_per_token = {spec.bytes_per_token}: the first target of {name} has {ranges[0][0]} tokens before "
-            f"it, {longest} are wanted. The tokens there have up to {rate} bytes on average: set bytes_per_token to "
-            f"{max(rate, spec.bytes_per_token + 1)}."
+    empty: list[tuple[str, int]] = []  # names, bytes of the longest token
+    near: list[tuple[str, int, int]] = []  # names, tokens before the first target, bytes a token there
+    for name, token_bytes, ranges in documents:
+        if (0, 0) in ranges:
+            empty.append((name, int(token_bytes.max())))
+        elif ranges[0][0] < longest:
+            near.append((name, ranges[0][0], -(-int(token_bytes[: longest + 1].sum()) // longest)))
+    problems = []
+    if empty:
+        problems.append(
+            f"span_bytes = {spec.span_bytes}: a span of {_first_of(empty)} holds no whole token; the longest token "
+            f"there has {max(entry[1] for entry in empty)} bytes. Raise span_bytes."
         )
+    if near:
+        rate = max(entry[2] for entry in near)
+        problems.append(
+            f"bytes_per_token = {spec.bytes_per_token}: the first target of {_first_of(near)} has {near[0][1]} tokens "
+            f"before it, {longest} are wanted. The tokens there have up to {rate} bytes on average: set "
+            f"bytes_per_token to {max(rate, spec.bytes_per_token + 1)}."
+        )
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _first_of(found: Sequence[tuple[Any, ...]]) -> str:
+    """The first document's name, and how many more there are."""
+    return f"{found[0][0]}{f' (and of {len(found) - 1} documents more)' if len(found) > 1 else ''}"
 
 
 def chunks(span: tuple[int, int], stride: int) -> list[tuple[int, int]]:

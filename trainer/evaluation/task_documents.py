@@ -67,7 +67,7 @@ def make_documents(spec: TaskSpec, tokenizer: Tokenizer) -> list[TaskDocument]:
     """All documents of a spec, in the tokens of one tokenizer.
 
     Raises:
-        UsageError: a test set has no strings.
+        UsageError: a test set has no strings, or one of them or a range of sizes would count no sample.
     """
     documents = []
     for test in spec.test_names:
@@ -76,7 +76,29 @@ def make_documents(spec: TaskSpec, tokenizer: Tokenizer) -> list[TaskDocument]:
                 encoded = tokenizer.encode(made.text)
                 tokens, token_bytes = encoded.ids.astype(np.int64), encoded.num_bytes.astype(np.int64)
                 documents.append(TaskDocument(test, seed, tokens, token_bytes, made))
+    _check_bins(spec, documents)
     return documents
+
+
+def _check_bins(spec: TaskSpec, documents: list[TaskDocument]) -> None:
+    """See that every range of sizes counts a sample, and that every test set has one that is counted."""
+    sizes = {
+        test: np.concatenate([document.made.sizes for document in documents if document.test == test])
+        for test in spec.test_names
+    }
+    counted = {
+        (low, high): [test for test, found in sizes.items() if ((found >= low) & (found <= high)).any()]
+        for low, high in size_bins(spec)
+    }
+    problems = [f"no sample has a size from {low} to {high}" for (low, high), tests in counted.items() if not tests]
+    with_some = {test for tests in counted.values() for test in tests}
+    problems += [f"no sample of test set {test} is counted" for test in sizes if test not in with_some]
+    if problems:
+        ranges = ", ".join(f"{test}: {found.min()} to {found.max()}" for test, found in sizes.items())
+        raise UsageError(
+            f"size_bins of {spec.name}: {'; '.join(problems)}. Sizes of the samples are {ranges}. Change size_bins, "
+            "tests or samples."
+        )
 
 
 def _draw(spec: TaskSpec, test: str, seed: int) -> list[Sample]:

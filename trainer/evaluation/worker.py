@@ -54,7 +54,7 @@ class EvaluationWorker:
         except LongspanError as error:
             return {"reason": str(error), "exit_code": error.exit_code, "transient": False}
         except OSError as error:
-            return {"reason": str(error), "exit_code": EXIT_UNEXPECTED, "transient": error.errno in TRANSIENT}
+            return {"reason": str(error), "exit_code": EXIT_UNEXPECTED, "transient": is_transient(error)}
         except Exception:
             return {"reason": traceback.format_exc(limit=-6), "exit_code": EXIT_UNEXPECTED, "transient": False}
 
@@ -97,9 +97,10 @@ class EvaluationWorker:
 
     def _load(self, request: dict[str, Any]) -> Any:
         """The evaluation laid out, its model in memory; the one of the last call if it is the same."""
-        if self._prepared is None or self._prepared.key != request["key"]:
+        checkpoint = Path(request["checkpoint"])
+        at_hand = self._prepared is not None and self._prepared.loaded.path == checkpoint  # not a copy elsewhere
+        if not at_hand or self._prepared.key != request["key"]:
             spec = parse_spec(request["spec"])
-            checkpoint = Path(request["checkpoint"])
             loaded = self._reuse(checkpoint)
             self._prepared = None  # free the memory of the model before, if it is another one
             loaded = loaded or self._run.load_model(checkpoint, self._device)
@@ -134,6 +135,11 @@ class EvaluationWorker:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def is_transient(error: OSError) -> bool:
+    """Whether the machine is at fault rather than what was asked for, so that another try costs nothing."""
+    return error.errno in TRANSIENT
+
+
 def _shard_file(out: Path, key: str, number: int, count: int) -> Path:
     return work_folder(out, key) / f"shard-{number:05d}-of-{count:05d}.json"
 
@@ -147,7 +153,8 @@ def _read_shard(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _write_shard(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parents[2], path.parents[1], path.parent):  # evals, work, KEY: a deleted run stays deleted
+        folder.mkdir(exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
