@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
@@ -81,7 +82,7 @@ def export_checkpoint(
         tokenizer=tokenizer,
     )
     result = newest_result(source, fingerprint)
-    with published(out) as folder:
+    with published(out, overwrite, EXPORT_MANIFEST) as folder:
         write_tokenizer(source, tokenizer, folder)
         _write_code_and_config(folder, config, tokenizer)
         entries = write_shards(tensors, folder, max_shard_bytes)
@@ -165,17 +166,38 @@ def hf_config(config: RunConfig, tokenizer: Tokenizer) -> LongspanConfig:
     return exported
 
 
+def check_exported(folder: Path) -> None:
+    """Raises UsageError if a folder holds no exported model."""
+    if not is_exported(folder):
+        raise UsageError(f"{folder} is no exported model: its config.json does not say model_type longspan.")
+
+
 def load_exported(folder: Path, device: str | torch.device = "cpu") -> LongspanForCausalLM:
     """The model of an exported folder, in evaluation mode. Runs this package's code, not the folder's.
 
     Raises:
-        UsageError: the folder is no export of Longspan.
+        UsageError: the folder is no export of Longspan, or of a model that this version does not know.
+        CheckpointError: its weights cannot be read, or are not those of the model that config.json describes.
     """
-    if not is_exported(folder):
-        raise UsageError(f"{folder} is no exported model: its config.json does not say model_type longspan.")
-    with _quiet():
-        model: Any = LongspanForCausalLM.from_pretrained(folder, local_files_only=True)
+    check_exported(folder)
+    again = "Export the model again."
+    try:
+        with _quiet():
+            loaded: Any = LongspanForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: its weights cannot be loaded: {error}. {again}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder}/config.json describes no model of this version of Longspan: {error}") from error
+    model, info = loaded
+    problems = loading_problems(info)
+    if problems:  # the library would go on with random numbers
+        raise CheckpointError(f"{folder}: not the weights of its config.json: {'; '.join(problems)}. {again}")
     return model.to(device).eval()
+
+
+def loading_problems(info: dict[str, Any]) -> list[str]:
+    """What Transformers reports of a load that was not exact, a line for each kind: missing, left over, ..."""
+    return [f"{kind}: {sorted(map(str, names))[:10]}" for kind, names in info.items() if names]
 
 
 def verify_export(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -186,7 +208,7 @@ def verify_export(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     with _own_code(folder) as model_class, _quiet():
         model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    problems = [f"{kind}: {sorted(map(str, names))[:10]}" for kind, names in info.items() if names]
+    problems = loading_problems(info)
     loaded = dict(model.named_parameters())
     problems += [f"not filled: {name}" for name in loaded.keys() - tensors.keys()]
     problems += [f"not used: {name}" for name in tensors.keys() - loaded.keys()]

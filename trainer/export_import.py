@@ -49,7 +49,7 @@ def import_export(source: Path, out: Path, *, overwrite: bool = False) -> dict[s
         config_yaml=recipes.dump(found.config),
         tokenizer=found.tokenizer_files,
     )
-    with published(out) as folder:
+    with published(out, overwrite, CONVERTED) as folder:
         (folder / "config.yaml").write_text(state.config_yaml, encoding="utf-8")
         note = {"export": source.name, "fingerprint": found.fingerprint}
         (folder / CONVERTED).write_text(json.dumps(note) + "\n", encoding="utf-8")

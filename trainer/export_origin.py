@@ -127,6 +127,7 @@ def read_export(folder: Path) -> ExportedModel:
     weights = {name: tensor.float() for name, tensor in tensors.items()}
     if used and run.model.vocab_size > used:
         weights[EMBEDDING] = torch.cat([weights[EMBEDDING], _padding(folder, run.model.vocab_size - used, weights)])
+    _check_fit(folder, run.model, weights)
     tokenizer, files = _tokenizer(folder, config)
     if tokenizer is not None and tokenizer[1] != used:
         raise UsageError(
@@ -216,7 +217,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             if Path(name).name != name:
                 raise CheckpointError(f"{index} names {name!r}, which is not a file of the folder.")
             tensors |= safetensors.torch.load_file(folder / name)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights cannot be read: {error}. Export the model again.") from error
     return tensors
 
@@ -241,6 +242,22 @@ def _check_hashes(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{folder} does not hold the tensors that {EXPORT_MANIFEST} lists:\n"
             + "\n".join(f"  {problem}" for problem in sorted(problems)[:10])
             + f"\nExport the model again; if they were changed on purpose, remove {EXPORT_MANIFEST}."
+        )
+
+
+def _check_fit(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        wanted = {name: list(tensor.shape) for name, tensor in build_model(config).named_parameters()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    problems = [
+        f"{name}: {found.get(name, 'none')} in the weights, {wanted.get(name, 'none')} in the configuration"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder} holds the weights of another model than its configuration describes; {len(problems)} "
+            "differences:\n" + "\n".join(f"  {problem}" for problem in problems[:10]) + "\nExport the model again."
         )
 
 

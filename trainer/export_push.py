@@ -42,12 +42,22 @@ def push_folder(folder: Path, name: str, *, private: bool, message: str) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns="*")
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        text = f"--push {name}: {api.endpoint} answers {status}: {error.server_message or error}. "
+    except Exception as error:  # the errors of the library's HTTP client have no name of the library
+        answer = _answer(error)
+        if answer is None:
+            raise ClusterError(
+                f"--push {name}: {api.endpoint} could not be reached or failed: {error}. {later}"
+            ) from error
+        status = answer.response.status_code
+        text = f"--push {name}: {api.endpoint} answers {status}: {answer.server_message or answer}. "
         if status in (401, 403):
             raise UsageError(f"{text}Set HF_TOKEN to a token that may write there. {later}") from error
         raise ClusterError(text + later) from error
-    except Exception as error:  # the errors of the library's HTTP client have no name of the library
-        raise ClusterError(f"--push {name}: {api.endpoint} could not be reached or failed: {error}. {later}") from error
     return str(commit.commit_url)
+
+
+def _answer(error: BaseException | None) -> HfHubHTTPError | None:
+    """The hub's answer behind an error: the library wraps that of a large file's upload into another error."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error

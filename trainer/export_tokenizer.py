@@ -57,6 +57,12 @@ def read_exported_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UsageError: its files cannot be read.
     """
+    if not (folder / EXPORT_MANIFEST).exists():
+        raise UsageError(
+            f"{folder} holds no {EXPORT_MANIFEST}: Transformers saved it, or it was copied in part, and which "
+            f"tokenizer it takes is not certain. Make a run of it with `longspan checkpoint convert {folder} RUN` and "
+            "use RUN."
+        )
     try:
         kind = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:

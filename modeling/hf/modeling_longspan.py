@@ -153,12 +153,21 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation = {generation_config.cache_implementation!r}: a Longspan model carries its "
                 "state in a cache of its own. Leave cache_implementation unset."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LongspanCache(self.config)
+        # newer versions of the library keep only the width of a mask that hides nothing
+        columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if cache is not None and columns is not None and columns <= cache.get_seq_length():
+            # the library would read the text a second time
+            raise ValueError(
+                f"past_key_values has read {cache.get_seq_length()} columns, and the text has {columns}: give the text "
+                "that it has read, and one token behind it at least."
+            )
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: LongspanCache | None = None,
         use_cache: bool | None = None,
@@ -166,23 +175,27 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         tokenizer: Any = None,
+        **refused: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits of the next token.
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, T], or [B, columns of the cache + T]; 0 is padding. Padding, wherever it stands, is
-                left out: it moves no position, no state and no cache. Logits there mean nothing.
+                left out: it moves no position, no state and no cache. Logits there are those of the row's last token
+                before it; without one in this call they mean nothing.
             past_key_values: what an earlier call returned; this call continues and changes it.
             use_cache: whether to return a cache; None: as the configuration says.
             labels: int64 [B, T], the inputs again; -100 is not scored. The loss is the mean in nats.
             logits_to_keep: only the last so many columns, or these columns; 0: all.
             return_dict: False: a tuple.
             tokenizer: not used; `generate` hands on what its stop strings need.
+            refused: what other models take and this one does not, such as `output_attentions`; see `check_input`.
 
         Returns:
             logits float32 [B, columns kept, vocabulary], the cache and the loss.
         """
+        input_ids = check_input(input_ids, refused)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is not None and not isinstance(past_key_values, LongspanCache):
             raise TypeError(
@@ -190,10 +203,9 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
                 "that it returns: pass that one, or none."
             )
         cache = LongspanCache(self.config) if past_key_values is None else past_key_values
-        order, lengths = token_order(input_ids, attention_mask)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        order, places, lengths = token_order(input_ids, attention_mask)
         if order is not None:
-            input_ids, places = take_along(input_ids, order), order.argsort(dim=1)
+            input_ids = take_along(input_ids, order)
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         y = self._run(input_ids, lengths, cache, places[:, keep])
         logits = F.linear(self.final_norm(y), self.embedding.weight).float() / math.sqrt(self.config.hidden_size)
@@ -249,7 +261,35 @@ class LongspanForCausalLM(PreTrainedModel, GenerationMixin):
         return seen
 
 
-def token_order(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+_REFUSED = {
+    "inputs_embeds": "give input_ids: padding and the end of a block are places of tokens",
+    "output_attentions": "no layer keeps attention weights, and layers with a state have none",
+    "output_hidden_states": "layers are not kept; a forward hook on `model.backbone.layers` sees them",
+}
+
+
+def check_input(input_ids: Tensor | None, others: dict[str, Any]) -> Tensor:
+    """See that there is a token to read, and nothing that this model does not know.
+
+    Args:
+        input_ids: [B, T]. others: arguments by name that the model has none of; None and False ask for nothing.
+
+    Raises:
+        ValueError: input_ids is not two-dimensional or has no token, or an argument asks for what is not there.
+        TypeError: an argument that no model of this library has.
+    """
+    for name, value in others.items():
+        if name not in _REFUSED:
+            raise TypeError(f"{name}: a Longspan model takes no such argument")
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not supported by a Longspan model: {_REFUSED[name]}")
+    if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
+        given = "missing" if input_ids is None else f"{list(input_ids.shape)}"
+        raise ValueError(f"input_ids is {given}: give [rows, tokens] with one token at least, bos if the text is empty")
+    return input_ids
+
+
+def token_order(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
     """Where each row's tokens stand among the padding.
 
     Args:
@@ -258,6 +298,7 @@ def token_order(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
 
     Returns:
         int64 [B, T]: columns ordered so that tokens come first, or None where that is so already;
+        int64 [1 or B, T]: for each column the place of its token in that order, or of the last token before it;
         int64 [B] on the CPU: tokens of each row.
     """
     rows, total = input_ids.shape
@@ -270,5 +311,7 @@ def token_order(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
         )
     real = None if attention_mask is None else attention_mask[:, -total:] != 0
     if real is None or bool(real.all()):
-        return None, torch.full((rows,), total, dtype=torch.int64)
-    return (~real).to(torch.uint8).argsort(dim=1, stable=True), real.sum(1).cpu()
+        places = torch.arange(total, device=input_ids.device)[None]
+        return None, places, torch.full((rows,), total, dtype=torch.int64)
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+    return order, (real.cumsum(1) - 1).clamp(min=0), real.sum(1).cpu()

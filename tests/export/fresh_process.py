@@ -3,6 +3,7 @@
 `python -I fresh_process.py REPORT FOLDER...`, with another working directory. Longspan cannot be imported here.
 """
 
+import io
 import json
 import sys
 
@@ -86,6 +87,45 @@ def generation(model, tokens):
     }
 
 
+def right_padded(model, tokens):
+    """Greedy tokens of rows with padding behind and inside them, and those of the rows alone."""
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    rows = [tokens[0, :21].tolist(), tokens[1, :10].tolist(), tokens[0, 3:8].tolist()]
+    ids, mask = (part.flip(1) for part in padded([row[::-1] for row in rows], model.config.pad_token_id))
+    mask[0, 12] = 0
+    rows[0].pop(12)
+    batch = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+    return batch, [model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in rows]
+
+
+def going_on(model, tokens):
+    """Greedy tokens after a cache that read part of a padded batch, went through `torch.save`, and without one."""
+    ids, mask = padded([tokens[0, :21].tolist(), tokens[1, :10].tolist()], model.config.pad_token_id)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cache = model(ids[:, :17], attention_mask=mask[:, :17]).past_key_values
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    caches = (None, cache, again)
+    return [model.generate(ids, past_key_values=cache, **options).tolist() for cache in caches]
+
+
+def in_bf16(folder, tokens):
+    """Types of what a model in bf16 carries, and the relative difference of its logits to those in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    output = model(tokens)
+    types = {str(t.dtype) for layer in output.past_key_values.layers for n, t in layer.tensors.items() if n == "state"}
+    wanted = load(folder)(tokens).logits
+    model.generate(tokens[:1, :9], max_new_tokens=9, eos_token_id=None)
+    auto = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    return {
+        "states": sorted(types),
+        "difference": ((output.logits - wanted).abs().max() / wanted.abs().max()).item(),
+        "auto": str(auto.dtype),
+    }
+
+
 def padding_differences(model, tokens, whole):
     """Largest differences of logits at real tokens, with padding left, inside and right, whole and token by token."""
     total, pad = tokens.shape[1], model.config.pad_token_id
@@ -132,6 +172,7 @@ def refusals(model, tokens):
     from transformers import DynamicCache
 
     short = {"max_new_tokens": 3, "do_sample": False}
+    returned = {"return_dict_in_generate": True, **short}
     return {
         "assisted": refusal(lambda: model.generate(tokens[:1], assistant_model=model, **short)),
         "static": refusal(lambda: model.generate(tokens[:1], cache_implementation="static", **short)),
@@ -139,6 +180,19 @@ def refusals(model, tokens):
         "crop": refusal(lambda: model(tokens).past_key_values.crop(3)),
         "mask": refusal(lambda: model(tokens, attention_mask=torch.ones(2, 1, 3, 3))),
         "rows": refusal(lambda: model(tokens[:1], past_key_values=model(tokens).past_key_values)),
+        "empty": refusal(lambda: model(tokens[:, :0])),
+        "nothing": refusal(lambda: model()),
+        "flat": refusal(lambda: model(tokens[0])),
+        "attentions": refusal(lambda: model(tokens, output_attentions=True)),
+        "attentions_not_asked": refusal(lambda: model(tokens, output_attentions=False, output_hidden_states=None)),
+        "hidden_states": refusal(lambda: model.generate(tokens, output_hidden_states=True, **returned)),
+        "embeddings": refusal(lambda: model(inputs_embeds=model.embedding(tokens))),
+        "embeddings_generate": refusal(lambda: model.generate(inputs_embeds=model.embedding(tokens), **short)),
+        "unknown": refusal(lambda: model(tokens, colour="blue")),
+        "read_already": refusal(lambda: model.generate(tokens, past_key_values=model(tokens).past_key_values, **short)),
+        "read_already_in_parts": refusal(
+            lambda: model.generate(tokens, past_key_values=model(tokens).past_key_values, prefill_chunk_size=3, **short)
+        ),
     }
 
 
@@ -161,6 +215,9 @@ def main(report, folders):
                     for name, sizes in split_sizes(tokens.shape[1], window, generator).items()
                 },
                 "generation": generation(model, tokens),
+                "right_padded": right_padded(model, tokens),
+                "going_on": going_on(model, tokens),
+                "bf16": in_bf16(folder, tokens),
                 "padding": padding_differences(model, tokens, whole),
                 "cache": cache_facts(model, tokens, whole),
                 "refusals": refusals(model, tokens),

@@ -13,7 +13,11 @@ TOKEN = "hf_test"
 
 
 class Hub:
-    """State of the stand-in. `fail`: HTTP status that every request for this path's part gets."""
+    """State of the stand-in.
+
+    Attributes:
+        fail: HTTP status that every request for this path's part gets; 0: the connection is cut in the answer.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -54,6 +58,10 @@ class Hub:
                 path = self.path.split("?")[0]
                 hub.requests.append(f"{self.command} {path}")
                 if hub.fail is not None and hub.fail[0] in path:
+                    if not hub.fail[1]:
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+                        self.close_connection = True
+                        return None
                     return self.reply(hub.fail[1], {"error": "told to fail"})
                 upload = path.startswith("/upload/")  # its address is the permission
                 if not upload and self.headers.get("Authorization") != f"Bearer {TOKEN}":

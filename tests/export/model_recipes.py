@@ -18,11 +18,11 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 WINDOW = 8
 
 
-def tiny(name: str) -> ModelConfig:
+def tiny(name: str, window: int = WINDOW) -> ModelConfig:
     """The recipe's layers, in its order and with its options; at most two of a kind in a row."""
     model = recipes.validate(ModelConfig, recipes.read_recipe(FOLDER / f"{name}.yaml")["model"], name)
     raw = model.model_dump(mode="json") | {
-        "vocab_size": 384, "dim": 16, "num_heads": 2, "head_dim": 8, "ffn_dim": 24, "window_tokens": WINDOW,
+        "vocab_size": 384, "dim": 16, "num_heads": 2, "head_dim": 8, "ffn_dim": 24, "window_tokens": window,
     }  # fmt: skip
     for layer in raw["layers"]:
         layer["repeat"] = min(layer["repeat"], 2)
@@ -41,12 +41,12 @@ def structure(name: str) -> str:
 STRUCTURES = {structure(name): name for name in reversed(RECIPES)}
 
 
-def run_config(name: str) -> RunConfig:
+def run_config(name: str, window: int = WINDOW) -> RunConfig:
     """A run of the tiny form of a recipe."""
     raw = {
         "name": name,
-        "model": tiny(name).model_dump(mode="json"),
-        "data": {"shards": "corpora/none", "segment_tokens": 4 * WINDOW, "lanes": 2},
+        "model": tiny(name, window).model_dump(mode="json"),
+        "data": {"shards": "corpora/none", "segment_tokens": 4 * window, "lanes": 2},
         "training": {"steps": 2},
         "tracking": {"enabled": False},
     }

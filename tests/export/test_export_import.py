@@ -157,6 +157,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def widen(folder: Path) -> None:
+    training = json.loads((folder / "longspan" / "training.json").read_text())
+    training["model"].update(dim=32, num_heads=4)
+    (folder / "longspan" / "training.json").write_text(json.dumps(training))
+    (folder / "longspan" / "padding.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "code", "message"),
     [
@@ -164,10 +171,12 @@ def flip(path: Path) -> None:
         (lambda folder: flip(folder / "longspan" / "padding.safetensors"), 70, "125 rows"),
         (lambda folder: (folder / "model.safetensors").unlink(), 70, "cannot be read"),
         (lambda folder: (folder / "longspan" / "training.json").write_text("{"), 70, "training.json"),
+        (widen, 70, "of another model than its configuration describes"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), 70, "cannot be read"),
         (lambda folder: (folder / "export_manifest.json").write_text("[]"), 70, "export_manifest.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), 2, "COMMITTED"),
     ],
-    ids=["weights", "padding rows", "no weights", "training.json", "manifest", "another model"],
+    ids=["weights", "padding rows", "no weights", "training.json", "width", "index", "manifest", "another model"],
 )
 def test_damaged_exports_are_refused(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, code: int, message: str

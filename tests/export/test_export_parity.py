@@ -85,6 +85,25 @@ def test_padding_anywhere_changes_nothing(seen: dict[str, Any], name: str) -> No
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_rows_with_padding_behind_them_go_on_from_their_last_token(seen: dict[str, Any], name: str) -> None:
+    batch, alone = seen[name]["right_padded"]
+    assert batch == alone and len(batch[2]) == 12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_goes_on_from_a_cache(seen: dict[str, Any], name: str) -> None:
+    straight, kept, loaded = seen[name]["going_on"]
+    assert straight == kept == loaded
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_types(seen: dict[str, Any], name: str) -> None:
+    found = seen[name]["bf16"]
+    assert 0 < found["difference"] < 0.05
+    assert found["states"] in ([], ["torch.float32"]) and found["auto"] == "torch.float32"
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_cache_can_be_reset_and_reordered(seen: dict[str, Any], name: str) -> None:
     found = seen[name]["cache"]
     for fact in ("reorder", "reset", "kept", "loss"):
@@ -101,6 +120,17 @@ def test_cache_can_be_reset_and_reordered(seen: dict[str, Any], name: str) -> No
         ("crop", "ValueError: a Longspan cache cannot be cropped"),
         ("mask", "ValueError: attention_mask is [2, 1, 3, 3]"),
         ("rows", "ValueError: the cache holds 2 rows, input_ids has 1"),
+        ("empty", "ValueError: input_ids is [2, 0]: give [rows, tokens] with one token at least"),
+        ("nothing", "ValueError: input_ids is missing"),
+        ("flat", "ValueError: input_ids is [43]"),
+        ("attentions", "ValueError: output_attentions is not supported"),
+        ("attentions_not_asked", "None"),
+        ("hidden_states", "ValueError: output_hidden_states is not supported"),
+        ("embeddings", "ValueError: inputs_embeds is not supported by a Longspan model: give input_ids"),
+        ("embeddings_generate", "ValueError: inputs_embeds is not supported"),
+        ("unknown", "TypeError: colour: a Longspan model takes no such argument"),
+        ("read_already", "ValueError: past_key_values has read 43 columns, and the text has 43"),
+        ("read_already_in_parts", "ValueError: past_key_values has read 43 columns, and the text has 43"),
     ],
 )
 def test_what_cannot_work_is_refused(seen: dict[str, Any], case: str, message: str) -> None:

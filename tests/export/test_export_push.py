@@ -75,8 +75,12 @@ def test_the_repository_holds_the_folder_and_nothing_else(
         (None, "hf_wrong", 2, "HF_TOKEN"),
         (("/commit/", 403), TOKEN, 2, "HF_TOKEN"),
         (("/commit/", 400), TOKEN, 70, "400"),
+        (("/commit/", 409), TOKEN, 70, "409"),
+        (("/commit/", 0), TOKEN, 70, "could not be reached or failed"),
+        (("/repos/create", 401), TOKEN, 2, "HF_TOKEN"),
+        (("/upload/", 403), TOKEN, 2, "HF_TOKEN"),
     ],
-    ids=["wrong token", "may not write", "hub refuses"],
+    ids=["wrong token", "may not write", "hub refuses", "other commit", "cut", "may not create", "may not upload"],
 )
 def test_a_failed_push_says_so_and_keeps_the_export(
     hub: Hub,

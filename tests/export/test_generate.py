@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from exports import run_directory
 
 from longspan.data_pipeline.tokenization.byte_tokenizer import ByteTokenizer
 from longspan.errors import UsageError
-from longspan.trainer.cli import build_parser
+from longspan.trainer.cli import build_parser, main
 from longspan.trainer.commands import generate as command
-from longspan.trainer.export import export_checkpoint
+from longspan.trainer.export import export_checkpoint, load_exported
 from longspan.trainer.generation import as_text, choose, generate
 
 BYTES = ByteTokenizer()
@@ -64,6 +67,51 @@ def test_no_such_model(tmp_path: Path) -> None:
         command.run(arguments(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="neither a checkpoint"):
         command.run(arguments(tmp_path))
+
+
+def drop_a_tensor(folder: Path) -> None:
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights.pop("final_norm.scale")
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def rename_a_layer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["blocks"][0]["mixer"] = "telepathy"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), 70, "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), 70, "cannot be loaded"),
+        (drop_a_tensor, 70, "missing_keys: ['final_norm.scale']"),
+        (rename_a_layer, 2, "mixer 'telepathy'"),
+        (lambda folder: (folder / "export_manifest.json").write_text("{}"), 2, "does not name the tokenizer"),
+    ],
+    ids=["weights", "no weights", "a tensor", "another layer", "manifest"],
+)
+def test_damaged_exports_say_what_is_wrong(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, code: int, message: str
+) -> None:
+    shutil.copytree(models["export"], tmp_path / "export")
+    damage(tmp_path / "export")
+    assert main(["generate", str(tmp_path / "export"), "--prompt", "x", "--max-new-tokens", "2", "--json"]) == code
+    assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+
+
+def test_a_folder_that_transformers_saved_is_to_be_converted(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the remedy of the message works."""
+    saved, back = str(tmp_path / "saved"), str(tmp_path / "back")
+    load_exported(models["export"]).save_pretrained(saved)
+    assert main(["generate", saved, "--prompt", "x", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert f"longspan checkpoint convert {saved} RUN" in error
+    assert main(["checkpoint", "convert", saved, back]) == 0
+    assert text(tmp_path / "back")["text"] == text(models["export"])["text"] != ""
 
 
 def test_text_comes_as_characters_are_complete() -> None:

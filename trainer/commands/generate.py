@@ -70,11 +70,13 @@ def open_decoder(path: Path, device: str) -> tuple[Decoder, Tokenizer, dict[str,
         raise UsageError(f"{path} does not exist. Give an exported folder, a checkpoint or a run directory.")
     if (path / "config.json").is_file():
         # transformers takes seconds to load, and only an export needs it
-        from longspan.trainer.export import load_exported
+        from longspan.trainer.export import check_exported, load_exported
         from longspan.trainer.export_tokenizer import read_exported_tokenizer
 
+        check_exported(path)
+        tokenizer = read_exported_tokenizer(path)
         exported = ExportedDecoder(load_exported(path, device), device)
-        return exported, read_exported_tokenizer(path), {"model": str(path), "kind": "export"}
+        return exported, tokenizer, {"model": str(path), "kind": "export"}
     loaded = load_model(path, device)
     source = {"model": str(loaded.path), "kind": "checkpoint", "step": loaded.step, "fingerprint": loaded.fingerprint}
     return NativeDecoder(loaded.model, device), read_tokenizer(loaded.path), source
