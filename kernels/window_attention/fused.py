@@ -10,13 +10,13 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels.rotary import rotary_angles
 from longspan.kernels.window_attention.reference import MAX_DISTANCE, t5_buckets
 from longspan.kernels.window_attention.tiles import Tile, Tiles, choose_tiles
 from longspan.kernels.window_attention.triton_backward import (
     delta_kernel,
-    distance_kernel,
     finish_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
@@ -30,8 +30,7 @@ ROTATE_TOKENS = 32
 FINE_POSITIONS = 1024
 PIECE_TOKENS = 40 * 1024  # keys whose dS is stored at once: 420 MB with 8 heads of 128 and a window of 512 in bf16
 DELTA_TOKENS = 32
-SUM_TILES = 4  # tiles of keys that are added up at once
-SUM_STRIPS = 32
+FINISH_WARPS = 16  # a few programs read much, and wait for memory alone
 
 
 def fused_window_attention(
@@ -46,7 +45,7 @@ def fused_window_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`api.window_attention` by Triton kernels; arguments as there, bias_table None for rotary positions.
 
-    Two launches forward and five backward (four and six with rotary positions); none waits for the host. Nothing
+    Two launches forward and four backward (four and six with rotary positions); none waits for the host. Nothing
     of the size of the scores is kept: saved are qkv, the output and three numbers a token and head; the backward pass
     stores the scores' gradients for 40,960 tokens at a time.
 
@@ -119,8 +118,7 @@ class WindowCall:
             "ROUND": ROUND,
             "EVEN": tokens % ROUND == 0 and window % ROUND == 0,
             "HAS_DROP": self.drop is not None,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
+            **tile.options(),
         }
 
 
@@ -157,7 +155,8 @@ def window_backward(
     Returns:
         Gradients of qkv, of the cache's keys and values or None, of the table or None, of scale.
     """
-    go = torch.zeros_like(call.out) if grads[0] is None else _packed(grads[0], call.out[0, 0].numel())
+    go = torch.zeros_like(call.out) if grads[0] is None else grads[0]
+    go = _described(go) if copies_tiles(go.device) else go.contiguous()
     dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
     dnew_k, dnew_v = grads[1:]
     if call.table is None and dnew_k is not None:  # the cache is not rotated, the keys of the kernels are
@@ -195,9 +194,26 @@ def _packed(x: Tensor, token: int) -> Tensor:
     return x if tidy else x.contiguous()
 
 
+def _described(x: Tensor) -> Tensor:
+    """x [B, T, H, D] itself if the copy engine can read it, else a contiguous copy.
+
+    It wants an address and strides of whole 16 bytes, heads packed, and rows one after another, whole tokens apart.
+    """
+    row, token = x.stride()[:2]
+    fine = x[0, 0].is_contiguous() and x.data_ptr() % 16 == 0 and token * x.element_size() % 16 == 0
+    fine = fine and token >= x[0, 0].numel() and row >= x.shape[1] * token and row % token == 0
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
 def _step(x: Tensor, token: int) -> int:
     """Distance of two tokens of x [B, T, ...] in memory; of a single one any will do."""
     return x.stride(1) if x.shape[1] > 1 else token
+
+
+@lru_cache(maxsize=8)
+def copies_tiles(device: torch.device) -> bool:
+    """Whether GPUs like this have a copy engine for tiles; where kernels are interpreted, that form runs too."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=8)
@@ -331,12 +347,13 @@ class _Backward:
         """Launches `delta_kernel`.
 
         Args:
-            call: of the forward pass; go: gradient of its output.
+            call: of the forward pass; go: gradient of its output, contiguous or `_described`.
             dqkv: [B, T, 3, H, D], written by `run`.
             new: gradients of the new cache [B, W, H, D], or None.
             needs_cache: whether `run` writes the gradients of the old cache, `dcache`.
         """
         self.call, self.go, self.dqkv = call, go, dqkv
+        self.tma = copies_tiles(go.device)
         self.key_tile, self.query_tile = tiles.key_gradient, tiles.query_gradient
         self.rows, self.tokens, _, self.heads, self.width = call.qkv.shape
         self.keys = self.key_tile.keys
@@ -354,6 +371,9 @@ class _Backward:
             self.rows * triton.cdiv(self.tokens, self.query_tile.queries), self.heads,
             dtype=torch.float32, device=go.device,
         )  # fmt: skip
+        self.sums: Tensor | None = None
+        if call.table is not None:
+            self.sums = self.for_scale.new_empty(self.rows * self.tiles, self.heads, MAX_DISTANCE)
         self.delta = torch.empty_like(call.lse)
         delta_kernel[(self.rows * self.heads * call.lse.shape[-1] // DELTA_TOKENS,)](
             call.out,
@@ -371,17 +391,14 @@ class _Backward:
     def run(self) -> tuple[Tensor | None, Tensor]:
         """Write dqkv and dcache; (gradient of the table or None, gradient of scale)."""
         total, done = self.rows * self.tiles, 0
-        sums = []
         for begin in range(0, total, self.piece):
             end = min(begin + self.piece, total)
             self._key_gradient(begin, end - begin)
-            if self.call.table is not None:
-                sums.append(self._by_distance(begin, end - begin))
             ready = self._queries_before(end)
             if ready > done:
                 self._query_gradient(done, ready - done)
             done = ready
-        return _finish(self.call, self.for_scale, sums)
+        return _finish(self.call, self.for_scale, self.sums)
 
     def _queries_before(self, end: int) -> int:
         """How many tiles of queries see no tile of keys from `end` on."""
@@ -390,8 +407,8 @@ class _Backward:
         return row * triton.cdiv(self.tokens, self.query_tile.queries) + inside
 
     def _key_gradient(self, begin: int, count: int) -> None:
-        """Write parts 1 and 2 of dqkv, dcache and pairs."""
-        call, go = self.call, self.go
+        """Write parts 1 and 2 of dqkv, dcache, pairs and sums."""
+        call, tile = self.call, self.key_tile
         key_gradient_kernel[(count * self.heads,)](
             call.qkv,
             call.unit_k,
@@ -399,27 +416,29 @@ class _Backward:
             call.inv_k,
             call.starts,
             call.nexts,
-            call.near_queries,
+            call.bias,
             call.multipliers(),
-            go,
             call.lse,
-            call.unit_q,
             self.delta,
-            *(go if x is None else x.contiguous() for x in self.dnew),
+            *(self._pieces(x.flatten(2), 1, tile.queries, self.width) for x in (call.unit_q, self.go)),
+            *(self._pieces(x.flatten(0, 1), 1, tile.queries) for x in (call.lse, self.delta)),
+            self._pieces(call.near_queries.flatten(0, 1), tile.keys, tile.queries),
+            *(self.go if x is None else x.contiguous() for x in self.dnew),
             self.dqkv,
             *(self.dqkv if x is None else x for x in self.dcache),
             self.pairs,
+            self.delta if self.sums is None else self.sums,
             call.qkv.stride(0),
-            go.stride(0),
             self.tokens,
             begin,
             self.tiles,
             self.ring,
-            GO_STEP=_step(go, self.heads * self.width),
             SPAN=self.span,
             HAS_NEW=self.dnew[0] is not None,
             HAS_CACHE=self.dcache[0] is not None,
-            **call.settings(self.key_tile),
+            HAS_TABLE=self.sums is not None,
+            TMA=self.tma,
+            **call.settings(tile),
         )
 
     def _query_gradient(self, begin: int, count: int) -> None:
@@ -427,16 +446,17 @@ class _Backward:
         call, tile = self.call, self.query_tile
         query_gradient_kernel[(count * self.heads,)](
             call.qkv,
-            call.unit_k,
+            self._pieces(call.unit_k.flatten(2), 1, self.keys, self.width),
             call.starts,
             call.consts,
             call.inv_q,
-            self.pairs,
+            self._pieces(self.pairs.view(-1, self.span), self.keys, tile.queries),
             self.dqkv,
             self.for_scale,
             call.qkv.stride(0),
             self.tokens,
             begin,
+            count,
             self.tiles,
             self.ring,
             STEP=call.past.shape[2],
@@ -448,63 +468,33 @@ class _Backward:
             SPAN=self.span,
             ROUND=ROUND,
             EVEN=self.tokens % ROUND == 0 and call.window % ROUND == 0,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            TMA=self.tma,
+            **tile.options(),
         )
 
-    def _by_distance(self, begin: int, count: int) -> Tensor:
-        """fp32 [any, H, 128]: parts of the sums of dS by distance."""
-        call, queries = self.call, self.key_tile.queries
-        slots = min(self.span, self.keys + MAX_DISTANCE) // queries
-        strips = min(SUM_STRIPS, triton.cdiv(count, SUM_TILES))
-        wide: dict[str, Any] = {"dtype": torch.float32, "device": self.go.device}
-        scratch = torch.empty(strips, slots, self.heads, queries * self.keys, **wide)
-        sums = torch.empty(strips * slots, self.heads, MAX_DISTANCE, **wide)
-        distance_kernel[(strips * slots * self.heads,)](
-            self.pairs,
-            call.starts,
-            call.bias,
-            call.lse,
-            self.delta,
-            scratch,
-            sums,
-            self.tokens,
-            begin,
-            count,
-            strips,
-            self.tiles,
-            self.ring,
-            H=self.heads,
-            W=call.window,
-            BQ=queries,
-            BK=self.keys,
-            SPAN=self.span,
-            SLOTS=slots,
-            ROUND=ROUND,
-            AT_ONCE=SUM_TILES,
-            num_warps=8,
-        )
-        return sums
+    def _pieces(self, x: Tensor, *piece: int) -> Tensor | TensorDescriptor:
+        """x as the kernels load it: in pieces of this shape."""
+        return TensorDescriptor.from_tensor(x, list(piece)) if self.tma else x
 
 
-def _finish(call: WindowCall, for_scale: Tensor, parts: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+def _finish(call: WindowCall, for_scale: Tensor, sums: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """(gradient of the table or None, gradient of scale)."""
     table = call.scale if call.table is None else call.table
-    sums = for_scale if call.table is None else parts[0] if len(parts) == 1 else torch.cat(parts)
     dscale, dtable = torch.empty_like(call.scale), torch.empty_like(table)
     finish_kernel[(call.scale.shape[0],)](
-        sums,
+        for_scale if sums is None else sums,
         for_scale,
         table,
         call.scale,
         _buckets(for_scale.device),
         dtable,
         dscale,
-        sums.shape[0],
+        0 if sums is None else sums.shape[0],
         for_scale.shape[0],
         H=call.scale.shape[0],
         W=call.window,
-        HAS_TABLE=call.table is not None,
+        HAS_TABLE=sums is not None,
+        num_warps=FINISH_WARPS,
     )
     return None if call.table is None else dtable, dscale
 

@@ -126,7 +126,7 @@ def _attend(
 ):  # fmt: skip
     """Add exp2(logits - top) v to acc and exp2(logits - top) to total, over the keys low .. high-1."""
     near_head, drop_head = heads
-    for first_j in tl.range(low, high, BK, num_stages=2 if IS_NEAR else None):
+    for first_j in range(low, high, BK):
         s = scores(q, left_i, k_at, near_head, first, first_j, T, H, W, D, BQ, BK, EVEN, IS_NEAR)
         p = tl.exp2(s - top[:, None])
         total += tl.sum(p, 1)
@@ -175,6 +175,9 @@ def attend_kernel(
     place = (row * T + first) * (H * D) + head * D
     place += tl.arange(0, BQ)[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(unit_q + place, q_tile, mask=inside[:, None])
+    # read again: what is loaded goes to shared memory, what is computed would stay in registers all along
+    tl.debug_barrier()
+    q_tile = tl.load(unit_q + place, mask=inside[:, None], other=0.0)
 
     # null keys are never loaded: they are where the softmax starts from
     start, first_start = document_starts(starts + row * T, first, T, BQ)

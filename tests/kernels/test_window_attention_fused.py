@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from poison import poisoned_memory, relative_error
-from window_cases import Case, inputs_of, reset_of, run
+from window_cases import ARRIVALS, Case, copy_engine, inputs_of, reset_of, run
 
 from longspan.errors import ShapeError
 from longspan.kernels.backend import forced
 from longspan.kernels.window_attention.api import window_attention
-from longspan.kernels.window_attention.fused import fused_window_attention
+from longspan.kernels.window_attention.fused import _described, fused_window_attention
 from longspan.kernels.window_attention.support import unsupported
 from longspan.kernels.window_attention.tiles import choose_tiles
 
@@ -96,6 +96,42 @@ def test_gradients_of_bias_and_scale_may_be_summed_in_pieces(monkeypatch: pytest
     monkeypatch.setattr("longspan.kernels.window_attention.fused.PIECE_TOKENS", 192)
     pieces = run(case, tensors, "triton")
     assert all(relative_error(pieces[name], x) < 1e-5 for name, x in whole.items())
+
+
+def test_without_a_copy_engine_it_is_the_same() -> None:
+    case = Case(70, 140, heads=1, rows=1, drop=True)
+    tensors = inputs_of(case, torch.float32)
+    copied = run(case, tensors, "triton")
+    with poisoned_memory(), copy_engine(False):
+        loaded = run(case, tensors, "triton")
+    assert all(relative_error(loaded[name], x) < 1e-6 for name, x in copied.items())
+
+
+def test_a_gradient_beside_another_gives_the_same_bits() -> None:
+    case = Case(24, 37)
+    tensors = inputs_of(case, torch.float32)
+    want = run(case, tensors, "triton")
+    got = run(case, tensors | {"w_out": ARRIVALS["beside a neighbour"](tensors["w_out"])}, "triton")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_what_the_copy_engine_can_read_is_not_copied() -> None:
+    for name, arrive in ARRIVALS.items():
+        x = arrive(torch.randn(2, 5, 2, 16))
+        y = _described(x)
+        assert (y is x) == (name == "beside a neighbour"), name
+        assert torch.equal(x, y) and y.data_ptr() % 16 == 0 and y.stride()[1:] in ((32, 16, 1), (64, 16, 1)), name
+
+
+def test_rows_of_an_odd_length_do_not_touch() -> None:
+    case = Case(24, 37, heads=1, where="nowhere")
+    tensors = inputs_of(case, torch.float32)
+    clean = run(case, tensors, "triton")
+    for name in ("qkv", "cached_keys", "cached_values", "w_out", "w_keys", "w_values"):
+        tensors[name][1] = torch.nan
+    spoilt = run(case, tensors, "triton")
+    for name in ("out", "keys", "values", "d_qkv", "d_cached_keys", "d_cached_values"):
+        assert torch.equal(spoilt[name][0], clean[name][0]), name
 
 
 @pytest.mark.parametrize("tokens", [333, 256])

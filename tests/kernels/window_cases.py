@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,6 +15,27 @@ from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import l2_normalise
 
 NAMES = ("out", "keys", "values", "d_qkv", "d_cached_keys", "d_cached_values", "d_scale", "d_table")
+
+
+def _inside(x: Tensor, row: int, token: int, offset: int) -> Tensor:
+    """x [B, T, H, D] with rows and tokens so far apart, its first number `offset` numbers into its storage."""
+    room = x.new_zeros(offset + x.shape[0] * row)
+    place = room.as_strided(x.shape, (row, token, x.shape[3], 1), offset)
+    place.copy_(x)
+    return place
+
+
+# how a gradient [B, T, H, D] may lie in memory
+ARRIVALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "beside a neighbour": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "at an odd address": lambda x: _inside(x, x[0].numel(), x[0, 0].numel(), 1),
+    "odd steps": lambda x: _inside(x, x.shape[1] * (x[0, 0].numel() + 1), x[0, 0].numel() + 1, 0),
+    "odd rows": lambda x: _inside(x, x[0].numel() + 8, x[0, 0].numel(), 0),
+    "one row for all": lambda x: x[:1].expand_as(x),
+    "one token for all": lambda x: x[:, :1].expand_as(x),
+    "heads apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,13 @@ def run(case: Case, tensors: dict[str, Tensor], form: Backend) -> dict[str, Tens
     return dict(zip(NAMES, [*outputs, *grads], strict=False))
 
 
-def run_once(case: Case, dtype: torch.dtype) -> None:
+def copy_engine(copies: bool) -> AbstractContextManager[object]:
+    """Inside, the kernels read by the copy engine, or do without."""
+    return mock.patch("longspan.kernels.window_attention.fused.copies_tiles", return_value=copies)
+
+
+def run_once(case: Case, dtype: torch.dtype, copies: bool) -> None:
     """The Triton form of one case on the GPU, for what it compiles."""
-    run(case, inputs_of(case, dtype, "cuda"), "triton")
+    with copy_engine(copies):
+        run(case, inputs_of(case, dtype, "cuda"), "triton")
     torch.cuda.synchronize()
