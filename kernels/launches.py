@@ -14,6 +14,11 @@ import torch
 import triton
 
 
+def blocks_of(size: int, block: int) -> int:
+    """ceil(size / block). Triton's own function looks for values of kernels in its arguments, for some microseconds."""
+    return -(-size // block)
+
+
 class RepeatedLaunch:
     """A kernel, its grid and its arguments; every call launches it with new values of a few integers.
 

@@ -173,7 +173,7 @@ def _backward(
     steps = _steps(fast)
     written = written_blocks(keys.shape[1] - window, window, blocks, dlast)
     grads = Gradients()
-    carry = torch.zeros_like(entering[:, 0]) if dlast is None else dlast
+    carry = fresh_carry(dlast, chain.last)
     dinitial = torch.zeros_like(carry)
     dtokens = steps.token_gradients(keys, values, window, written)
     step = chunk_blocks(rows)
@@ -191,6 +191,13 @@ def _backward(
         steps.products(chunk, result, dtokens, grads)
     grads.add("initial", dinitial.sum(0))
     return carry, dtokens, grads
+
+
+def fresh_carry(dlast: Tensor | None, like: Tensor) -> Tensor:
+    """What the way back begins with, in memory of its own: the gradient of the last state [B, S, D]; None is zero."""
+    if dlast is None:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    return dlast.clone(memory_format=torch.contiguous_format)
 
 
 def gradients_of_weights(grads: Gradients, weights: ScanWeights) -> list[Tensor | None]:

@@ -18,7 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from longspan.kernels.block_recurrent import triton_scan
 from longspan.kernels.block_recurrent.adjoint import Chunk, Gradients
-from longspan.kernels.block_recurrent.scan import Plan, chunk_blocks, gradients_of_weights, keep_of, written_blocks
+from longspan.kernels.block_recurrent.scan import (
+    Plan,
+    chunk_blocks,
+    fresh_carry,
+    gradients_of_weights,
+    keep_of,
+    written_blocks,
+)
 from longspan.kernels.block_recurrent.scan_weights import ScanWeights
 from longspan.kernels.block_recurrent.state_path import StatePath
 from longspan.kernels.block_recurrent.three_phase import Reads
@@ -252,7 +259,7 @@ class _Backward:
             dqkv: [B, T, 3, H, Dh]; with `fork` the main stream is writing it.
         """
         segment, weights, window, read = self.segment, self.weights, self.segment.plan.window, self.read
-        carry = torch.zeros_like(self.last) if self.dlast is None else self.dlast
+        carry = fresh_carry(self.dlast, self.last)
         dcache = None
         if self.wanted:
             dcache = (torch.zeros_like(segment.cached_keys), torch.zeros_like(segment.cached_values))

@@ -46,6 +46,7 @@ from longspan.kernels.block_recurrent.triton_adjoint import (
     sums_kernel,
     token_gradient_kernel,
 )
+from longspan.kernels.launches import blocks_of
 
 SUM_PARTS = 8  # programs times rows among which the blocks of a chunk are divided to form sums
 
@@ -162,11 +163,12 @@ class _Launches:
         self.even = divide(self.tiles, self.states, chunk.window)
         inner = self.matrix.shape[0] % self.product.columns
         self.whole_product = self.rows * self.states % self.product.rows == 0 == inner
-        self.attention_tiles = triton.cdiv(self.states, self.tiles.rows)
+        self.attention_tiles = blocks_of(self.states, self.tiles.rows)
         self.scale_parts = torch.empty(
             count, self.rows, 2, self.heads, self.attention_tiles, dtype=torch.float32, device=device
         )
         self.grad_strides = chunk.dkeys.stride()[:4]
+        self.columns = triton.next_power_of_2(self.dim)
         self.ready: dict[Any, Any] = {}
 
     def _launch(self, name: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -182,7 +184,7 @@ class _Launches:
     def read_gradient(self, slot: int) -> None:
         """before_read -> dread, delta."""
         tiles = self.product
-        grid = (triton.cdiv(self.rows * self.states, tiles.rows), 2 * self.heads)
+        grid = (blocks_of(self.rows * self.states, tiles.rows), 2 * self.heads)
         self._launch(
             "read", read_gradient_kernel, grid,
             self.before_read, self.matrix, self.read, self.dread, self.delta, slot,
@@ -210,7 +212,7 @@ class _Launches:
 
     def offered_gradient(self, slot: int) -> None:
         """dproj of a block that nobody writes."""
-        offered_gradient_kernel[(triton.cdiv(self.states, 64), self.heads, self.rows)](
+        offered_gradient_kernel[(blocks_of(self.states, 64), self.heads, self.rows)](
             self.proj, self.inv, self.dkeys, self.dvalues, self.dproj, slot,
             self.proj.stride(0), self.inv.stride(0), *self.grad_strides, self.rows, self.states,
             self.heads, self.width, 64, self.states % 64 == 0,
@@ -228,13 +230,13 @@ class _Launches:
             self.gate, self.written, self.before_read, slot, chunk.first + slot, slot - 1,
             self.before_read.stride(0), 0 if self.written is None else self.written.stride(0),
             self.rows, self.states, self.dim, self.blocks, norm, gate, chunk.weights.tanh,
-            triton.next_power_of_2(self.dim),
+            self.columns,
         )  # fmt: skip
 
 
 def serial(chunk: Chunk, carry: Tensor, dinitial: Tensor, grads: Gradients) -> tuple[Tensor, ChunkRows]:
-    """As `adjoint.serial`; dproj has its blocks first, [m, B, ...]."""
-    carry = carry.clone(memory_format=torch.contiguous_format)
+    """As `adjoint.serial`, but `carry`, contiguous, is changed in place; dproj has its blocks first, [m, B, ...]."""
+    assert carry.is_contiguous()
     launches = _Launches(chunk, carry, dinitial)
     weights, count = chunk.weights, chunk.count
     skip = weights.mode == "skip"
@@ -256,7 +258,9 @@ def serial(chunk: Chunk, carry: Tensor, dinitial: Tensor, grads: Gradients) -> t
             launches.attention_gradient(slot)
         else:
             launches.offered_gradient(slot)
-        torch.mm(launches.dproj_of[slot], weights.stacked, out=launches.du_of[slot])
+        # the queries' half of a block that nobody writes is zero
+        inner = weights.stacked.shape[0] if slot < count else weights.stacked.shape[0] // 2
+        torch.mm(launches.dproj_of[slot][:, :inner], weights.stacked[:inner], out=launches.du_of[slot])
         launches.state_gradient(slot, norm=True)
     stacked = {name: torch.stack(values[::-1], dim=1) for name, values in rows.items()}
     stacked["read"] = launches.before_read
@@ -277,7 +281,7 @@ def _add_sums(launches: _Launches, grads: Gradients) -> None:
     sums_kernel[(launches.rows * launches.states, parts)](
         chunk.entering, chunk.final, weights.norm, weights.ids, launches.du, launches.gate, launches.before_read,
         u, ids, norm, gate, chunk.first, chunk.count, launches.slots, length, launches.before_read.stride(0),
-        launches.rows, launches.states, launches.dim, launches.blocks, has_gate, triton.next_power_of_2(launches.dim),
+        launches.rows, launches.states, launches.dim, launches.blocks, has_gate, launches.columns,
     )  # fmt: skip
     grads.add("ids", ids.sum((0, 1)))
     grads.add("norm", norm.sum((0, 1, 2)))
@@ -311,7 +315,7 @@ def products(chunk: Chunk, result: ChunkRows, dtokens: tuple[Tensor, Tensor] | R
     rows, _, states, _, heads, width = proj.shape
     tiles = token_tiles(states, chunk.window, proj.dtype == torch.float32)
     assert result.delta is not None
-    token_gradient_kernel[((chunk.count + 1) * triton.cdiv(chunk.window, tiles.columns), heads, rows)](
+    token_gradient_kernel[((chunk.count + 1) * blocks_of(chunk.window, tiles.columns), heads, rows)](
         proj, lse, result.delta, result.dread, keys, values, inv, chunk.reset, *out, *(dcache or out),
         chunk.first, chunk.count, int(chunk.written > chunk.first + chunk.count), chunk.entering.shape[1],
         proj.stride(0), lse.stride(0), result.delta.stride(0), result.dread.stride(0),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +27,7 @@ from longspan.kernels.block_recurrent.triton_token_kernels import (
     read_states_kernel,
     token_keys_kernel,
 )
+from longspan.kernels.launches import blocks_of
 
 KEY_ROWS = 32  # tokens of one head in a tile of the normalisation
 
@@ -53,7 +53,7 @@ def token_keys(
     rows, _, _, heads, width = qkv.shape
     keys = qkv.new_empty(rows, count, heads, width)
     values, inv = torch.empty_like(keys), qkv.new_empty(rows, count, heads, dtype=torch.float32)
-    token_keys_kernel[(triton.cdiv(count, KEY_ROWS), heads, rows)](
+    token_keys_kernel[(blocks_of(count, KEY_ROWS), heads, rows)](
         qkv, cached_keys, cached_values, keys, values, inv, first, count, cached_keys.shape[1], *qkv.stride()[:2],
         heads, width, KEY_ROWS,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def read_forward(
     rows, tokens, heads, _ = queries.shape
     blocks, states = keys.shape[1:3]
     tiles = read_tiles(window, states, queries.element_size() == 4)
-    read_states_kernel[(blocks * triton.cdiv(window, tiles.rows), heads, rows)](
+    read_states_kernel[(blocks * blocks_of(window, tiles.rows), heads, rows)](
         queries, scale, keys, values, out, lses, tokens, window, states,
         *queries.stride()[:2], *keys.stride()[:4], *out.stride()[:2], *lses.stride()[:2],
         **_options(tiles, queries, window, states),
@@ -131,7 +131,7 @@ def read_backward(
     assert dqueries.stride() == out.stride()
     tiles = query_tiles(window, states, wide)
     factors, deltas = (lses.new_empty(rows, heads, tokens) for _ in range(2))
-    count = blocks * triton.cdiv(window, tiles.rows)
+    count = blocks * blocks_of(window, tiles.rows)
     dscale = lses.new_empty(rows, heads, count)
     strides = (*queries.stride()[:2], *keys.stride()[:4])
     read_query_gradient_kernel[(count, heads, rows)](
@@ -142,7 +142,7 @@ def read_backward(
     dkeys = keys.new_empty(keys.shape)
     dvalues = torch.empty_like(dkeys)
     tiles = key_tiles(window, states, wide)
-    read_key_gradient_kernel[(blocks * triton.cdiv(states, tiles.columns), heads, rows)](
+    read_key_gradient_kernel[(blocks * blocks_of(states, tiles.columns), heads, rows)](
         queries, keys, values, lses, dout, factors, deltas, dkeys, dvalues, tokens, window, states, blocks,
         *strides, *dout.stride()[:2], *lses.stride()[:2], **_options(tiles, queries, window, states),
     )  # fmt: skip

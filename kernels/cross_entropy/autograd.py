@@ -41,7 +41,9 @@ class _Chunks:
         """Write the losses [N]; return the wanted gradients of hidden [N, D] and embedding [V, D]."""
         hidden, embedding = self.hidden, self.embedding
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_embedding = torch.zeros_like(embedding, dtype=self.wide) if wanted[1] else None
+        # the first chunk overwrites it; without any it stays zero
+        blank = torch.empty_like if hidden.shape[0] else torch.zeros_like
+        d_embedding = blank(embedding, dtype=self.wide) if wanted[1] else None
         buffer = hidden.new_empty(self.size, embedding.shape[0])
         for start in range(0, hidden.shape[0], self.size):
             part = slice(start, start + self.size)

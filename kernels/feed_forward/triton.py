@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels import backend
+from longspan.kernels.launches import blocks_of
 
 # One program a multiprocessor works through the tiles and begins to load the next one during the epilogue of the one
 # before. 32,768 x 1024 x 4096 on an H100: 0.427 and 0.432 ms; with 3 stages 0.437 and 0.436, without that overlap
@@ -132,7 +133,7 @@ def supported(*tensors: Tensor) -> bool:
         return True
     # elsewhere, and in fp32, cuBLAS and a second kernel for the ReLU are faster
     half = all(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
-    return half and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+    return half and _hopper(tensors[0].device)
 
 
 def relu_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ def relu_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = weight.shape[0]
     out = x.new_empty(x.shape[0], width)
-    bits = torch.empty(x.shape[0], triton.cdiv(width, BLOCK_N), WORDS.value, dtype=torch.int32, device=x.device)
+    bits = torch.empty(x.shape[0], blocks_of(width, BLOCK_N), WORDS.value, dtype=torch.int32, device=x.device)
     _launch(relu_product_kernel, x, weight, [BLOCK_N, BLOCK_K], out, bits)
     return out, bits
 
@@ -170,7 +171,7 @@ def masked_product(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
 
 def _launch(kernel: Any, a: Tensor, weight: Tensor, block: list[int], out: Tensor, bits: Tensor) -> None:
     (rows, depth), width = a.shape, out.shape[1]
-    tiles = triton.cdiv(rows, BLOCK_M) * triton.cdiv(width, BLOCK_N)
+    tiles = blocks_of(rows, BLOCK_M) * blocks_of(width, BLOCK_N)
     kernel[(min(tiles, _multiprocessors(a.device)),)](
         TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K]),
         TensorDescriptor.from_tensor(weight, block),
@@ -186,6 +187,11 @@ def _launch(kernel: Any, a: Tensor, weight: Tensor, block: list[int], out: Tenso
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
+
+
+@cache  # asked in every layer; the driver takes microseconds
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -11,6 +11,7 @@ summed by a fixed number of programs, each over the same rows every time, and th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.kernels.launches import blocks_of
 from longspan.kernels.norm.reference import EPSILON
 
 NUM_PARTIALS = 512  # programs of the backward pass, whatever the device
@@ -133,6 +135,7 @@ def sum_partials_kernel(
     tl.store(out_ptr + column, tl.sum(part, axis=0).to(out_ptr.dtype.element_ty), mask=column < DIM)
 
 
+@cache
 def _tile(config: Config, dim: int) -> dict[str, Any]:
     block_dim = triton.next_power_of_2(dim)
     return {
@@ -168,7 +171,7 @@ def norm_forward(
     total = x if delta is None else torch.empty_like(x)
     h = torch.empty_like(x)
     tile = _tile(config, dim)
-    norm_fwd_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
+    norm_fwd_kernel[(blocks_of(rows, tile["BLOCK_ROWS"]),)](
         x,
         delta,
         weight,
@@ -228,7 +231,7 @@ def norm_backward(
         HAS_MASK=mask is not None,
         **_tile(config, dim),
     )
-    sum_partials_kernel[(triton.cdiv(dim, _REDUCE_COLUMNS),)](
+    sum_partials_kernel[(blocks_of(dim, _REDUCE_COLUMNS),)](
         partial, dweight, DIM=dim, NUM_PARTIALS=NUM_PARTIALS, BLOCK_COLUMNS=_REDUCE_COLUMNS, num_warps=4
     )
     return dx, dweight

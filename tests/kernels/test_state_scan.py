@@ -141,7 +141,9 @@ def test_the_scan_alone_has_kernels() -> None:
             states = scan_module.scan_states(*leaves, case.reset, inputs.path, case.window, fast=fast)
             outputs = (states.keys, states.values, states.last)
             given = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in outputs]
+            kept = [x.clone() for x in given]
             results.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *weights], given)])
+        assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True)), "the gradient given in is the caller's"
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
 
