@@ -8,7 +8,6 @@ this is a world of one that needs no port.
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from longspan.cluster import exit_records, network
 from longspan.cluster.collectives import start_recording
 from longspan.cluster.config import LONGEST_ALLOWANCE, ParallelConfig
 from longspan.cluster.environment import Place, read_place
+from longspan.cluster.meeting import MeetingPlace, reach
 from longspan.cluster.preflight import check_ranks, describe_rank
 from longspan.errors import ClusterError, UsageError
 
 T = TypeVar("T")
-
-_CONNECT_SLACK_SECONDS = 5.0  # by then torch has given up by itself, if it does
 
 with warnings.catch_warnings():  # megatron-core says at import that Transformer Engine and Apex are missing
     warnings.simplefilter("ignore")
@@ -273,55 +271,6 @@ def _check_factors(world_size: int, parallel: ParallelConfig) -> None:
         )
 
 
-def _reach(place: Place, seconds: float) -> None:
-    """Wait until rank 0's host answers: torch's own attempt may take several times the timeout, and says less.
-
-    Raises:
-        UsageError: it does not. ClusterError: the same, and the launcher starts all ranks again.
-    """
-    error = network.unreachable(place.address, int(place.port or 0), seconds)
-    if error is not None:
-        raise exit_records.never_met(
-            f"rank {place.rank} of {place.world_size}: nobody answers at MASTER_ADDR:MASTER_PORT = "
-            f"{place.address}:{place.port} within {seconds:.0f} s ({error}). Start rank 0 there, check address, port "
-            f"and firewall from this host, or wait longer with parallel.timeout_seconds."
-        ) from error
-
-
-def _meeting_place(place: Place, timeout: timedelta) -> dist.Store:
-    """The store in which the ranks meet: rank 0 serves it, or torchrun's agent does.
-
-    As torch's `env://`, but it does not wait for the others: `check_ranks` does, and can say who did not come.
-    """
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    found: list[dist.Store | Exception] = []
-
-    def connect() -> None:
-        try:
-            store = dist.TCPStore(
-                place.address,
-                int(place.port or 0),
-                place.world_size,
-                is_master=place.rank == 0 and not served,
-                timeout=timeout,
-                wait_for_workers=False,
-                multi_tenant=not served,
-            )
-            found.append(store)
-        except Exception as error:
-            found.append(error)
-
-    # in a thread: of a program that listens there and says nothing torch would wait for an answer for ever
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + _CONNECT_SLACK_SECONDS)
-    if not found:
-        raise RuntimeError(f"what listens there gives no answer within {timeout.total_seconds():.0f} s.")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
 def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dict[str, Any]) -> None:
     """Initialise torch's default process group from torchrun's environment, or alone.
 
@@ -341,12 +290,14 @@ def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta,
     os.environ.setdefault("MASTER_ADDR", address)
     join_seconds, compared = parallel.timeout_seconds, False
     if rank != 0:
-        _reach(place, join_seconds)
+        reach(place, join_seconds)
     try:
-        store = _meeting_place(place, timedelta(seconds=join_seconds))
+        meeting = MeetingPlace(place, join_seconds)
+        store = meeting.store
         check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
         _check_factors(world_size, parallel)  # all ranks have the same sizes, so all say so
         compared = True
+        meeting.all_met()
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError) as error:

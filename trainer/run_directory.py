@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,16 +9,18 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from longspan.cluster.environment import read_place
 from longspan.errors import UsageError
+from longspan.trainer.checkpoint.file_lock import open_locked_patiently
 from longspan.trainer.checkpoint.manifest import step_of
-from longspan.trainer.checkpoint.ownership import Claim, Identity, claim, foreign, read_owner
+from longspan.trainer.checkpoint.ownership import ID_FILE, Claim, Identity, claim, foreign, read_owner
 from longspan.trainer.checkpoint.places import Place, RemotePath, children, place_of
 from longspan.trainer.checkpoint.verify import CHECKPOINTS
 from longspan.trainer.config import RunConfig
+from longspan.trainer.metric_sender import STATE as TRACKING_STATE
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
-ID_FILE = "run_id"
 
 
 def checkpoint_root(config: RunConfig, run_dir: Path) -> Place:
@@ -47,11 +48,11 @@ def check_unused(run_dir: Path, checkpoints: Place, *, resume: bool) -> None:
     Raises:
         UsageError: the checkpoints' place cannot be reached, or it holds some and `resume` is not asked for.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if isinstance(checkpoints, RemotePath) and checkpoints.is_volatile and world_size > 1:
+    if isinstance(checkpoints, RemotePath) and checkpoints.is_volatile and read_place().world_size > 1:
         raise UsageError(
-            f"checkpoint.folder = {checkpoints} is the memory of one process, and there are {world_size}: each would "
-            f"have a part of a checkpoint. Use a folder that all of them see, or a store like s3://BUCKET/FOLDER."
+            f"checkpoint.folder = {checkpoints} is the memory of one process, and there are {read_place().world_size}: "
+            f"each would have a part of a checkpoint. Use a folder that all of them see, or a store like "
+            f"s3://BUCKET/FOLDER."
         )
     try:
         owner = read_owner(checkpoints)
@@ -121,25 +122,24 @@ class RunDirectory:
         self.path = path
         self._made = not path.exists()
         self._named = self._started = False
+        self._name_before: str | None = None
         self.checkpoints: Claim | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = open_locked_patiently(path / LOCK_FILE, _holder(path / LOCK_FILE).get("host"))
         except OSError as error:
             raise UsageError(
                 f"run directory {path} is not writable: {error.strerror}. "
                 f"Choose another --run-dir or change the permissions."
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(self._lock)
-            os.close(self._lock)
+        holder = _holder(path / LOCK_FILE)
+        if lock is None:
             raise UsageError(
                 f"another trainer is at work in {path}: pid {holder.get('pid', 'unknown')} "
-                f"on host {holder.get('host', 'unknown')}. Wait for it, stop it, or choose another --run-dir."
-            ) from None
-        self.stale_holder = _holder(self._lock)
+                f"on host {holder.get('host', 'unknown')}. Wait for it, stop it, or choose another --run-dir. If that "
+                f"host is gone for good and the file server still keeps its lock, remove {path / LOCK_FILE}."
+            )
+        self._lock, self.stale_holder = lock, holder
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
@@ -154,9 +154,13 @@ class RunDirectory:
         self.checkpoints = claim(root, identity, resume=resume, remember=self._remember, note=note)
 
     def _remember(self, run: str) -> None:
-        if _run_id(self.path) != run:
-            self._named = True
-            self._write(ID_FILE, f"{run}\n")
+        before = _run_id(self.path)
+        if before == run:
+            return
+        self._named, self._name_before = True, before
+        self._write(ID_FILE, f"{run}\n")
+        if before is not None:  # a copy: its metrics are not to go where those of the original do
+            (self.path / TRACKING_STATE).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Put the resolved configuration at RUN/config.yaml, whole or not at all: the run has started."""
@@ -173,7 +177,10 @@ class RunDirectory:
         if self.checkpoints:
             self.checkpoints.release(unused=not self._started)
         if self._named and not self._started:
-            (self.path / ID_FILE).unlink(missing_ok=True)
+            if self._name_before is not None:
+                self._write(ID_FILE, f"{self._name_before}\n")
+            else:
+                (self.path / ID_FILE).unlink(missing_ok=True)
         if self._made and os.listdir(self.path) == [LOCK_FILE]:
             (self.path / LOCK_FILE).unlink()
             self.path.rmdir()
@@ -181,9 +188,10 @@ class RunDirectory:
         os.close(self._lock)
 
 
-def _holder(descriptor: int) -> dict[str, object]:
+def _holder(lock: Path) -> dict[str, str]:
+    """Who says to hold a lock: host and pid; empty if nobody does."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except ValueError:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return {name: str(value) for name, value in holder.items()} if isinstance(holder, dict) else {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from tiny_training import build_tiny_corpus, tiny_config
 
 from longspan.errors import EXIT_USAGE, UsageError
-from longspan.trainer.checkpoint.ownership import Claim, Identity, claim, read_owner
+from longspan.trainer.checkpoint import file_lock
+from longspan.trainer.checkpoint.file_lock import open_locked
+from longspan.trainer.checkpoint.ownership import ID_FILE, Claim, Identity, claim, read_owner
 from longspan.trainer.checkpoint.places import Place, RemotePath, place_of
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.loop import train
-from longspan.trainer.run_directory import check_usable, identity_of
+from longspan.trainer.run_directory import RunDirectory, check_usable, identity_of
 
 _numbers = itertools.count(1)
 ROUNDS = 15
@@ -173,7 +178,7 @@ def test_a_takeover_in_the_middle_of_a_save(root: Place, monkeypatch: pytest.Mon
         written = write(self, *args)
         monkeypatch.undo()
         old._lock = None
-        monkeypatch.setattr("longspan.trainer.checkpoint.ownership._lock", lambda path: -1)
+        monkeypatch.setattr("longspan.trainer.checkpoint.ownership.open_locked_patiently", lambda path, host: -1)
         taken.append(take(root, identity("a", old.owner.run), resume=True))
         assert CheckpointStore(root, claim=taken[0], keep_last=1).save(tiny_state(2)).ok
         return written
@@ -187,6 +192,108 @@ def test_a_takeover_in_the_middle_of_a_save(root: Place, monkeypatch: pytest.Mon
     state, folder = CheckpointStore(root).load_newest(0, 4)  # type: ignore[misc]
     assert folder.name == "step-00000002"
     assert_same_state(state, tiny_state(2))
+
+
+def start(run_dir: Path, root: Place, *, heard: list[str]) -> Claim:
+    """What a run directory does when it starts, without training."""
+    run_dir.mkdir(exist_ok=True)
+    file = run_dir / ID_FILE
+    mine = replace(identity(run=file.read_text() if file.exists() else None), run_dir=str(run_dir))
+    return claim(root, mine, resume=True, remember=lambda run: void(file.write_text(run)), note=heard.append)
+
+
+def void(value: object) -> None:
+    """Nothing of it."""
+
+
+def test_a_copied_run_directory_does_not_share_the_folder_of_the_one_it_was_copied_from(
+    root: Place, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    start(tmp_path / "a", root, heard=heard).release(unused=False)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UsageError, match=r"b is a copy of the run directory .*a, which is there still"):
+        start(tmp_path / "b", root, heard=heard)
+    start(tmp_path / "a", root, heard=heard).release(unused=False)
+    (tmp_path / "a").rename(tmp_path / "c")  # no copy: it was moved
+    start(tmp_path / "c", root, heard=heard).release(unused=False)
+    assert not heard
+
+
+def test_a_run_copied_with_its_checkpoints_is_a_run_of_its_own(tmp_path: Path) -> None:
+    heard: list[str] = []
+    a, b = tmp_path / "a", tmp_path / "b"
+    first = start(a, a / "checkpoints", heard=heard)
+    first.release(unused=False)
+    shutil.copytree(a, b)
+    for _ in range(2):
+        start(b, b / "checkpoints", heard=heard).release(unused=False)
+    assert len(heard) == 1 and f"is a copy of {a}, which is there still" in heard[0], "once"
+    branch = read_owner(b / "checkpoints")
+    assert branch is not None and branch.run != first.owner.run == (a / ID_FILE).read_text()
+    assert branch.run == (b / ID_FILE).read_text() and branch.run_dir == str(b)
+
+
+def test_a_branch_tracks_apart_and_one_that_could_not_start_is_a_copy_still(shards: Path, tmp_path: Path) -> None:
+    config, heard = tiny_config(shards), list[str]()
+    first = RunDirectory(tmp_path / "a")
+    first.claim(config, resume=False, note=heard.append)
+    first.write_config("")
+    first.release()
+    (tmp_path / "a" / "tracking.json").write_text("{}")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for starts in (False, True):
+        copy = RunDirectory(tmp_path / "b")
+        copy.claim(config, resume=True, note=heard.append)
+        if starts:
+            copy.write_config("")
+        copy.release()
+        same = (tmp_path / "b" / ID_FILE).read_text() == (tmp_path / "a" / ID_FILE).read_text()
+        assert same is not starts and "is a copy of" in heard[-1] and len(heard) == 1 + starts
+        branch = read_owner(tmp_path / "b" / "checkpoints")
+        assert branch is not None and branch.run == (tmp_path / "b" / ID_FILE).read_text().strip()
+    assert (tmp_path / "a" / "tracking.json").exists() and not (tmp_path / "b" / "tracking.json").exists()
+
+
+@pytest.mark.parametrize("host", [None, "gone"])
+def test_the_lock_of_a_host_that_has_gone_is_waited_for(
+    host: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a requeued job is back before the file server lets go; a trainer of this host is refused at once."""
+    lock = tmp_path / "lock"
+    held = open_locked(lock)
+    lock.write_text(json.dumps({"pid": 1, "host": host or socket.gethostname()}))
+    assert held is not None
+    monkeypatch.setattr(file_lock, "_ASK_SECONDS", 0.05)
+    threading.Timer(0.5, os.close, [held]).start()
+    started = time.monotonic()
+    if host is None:
+        with pytest.raises(UsageError, match="another trainer is at work"):
+            RunDirectory(tmp_path)
+        assert time.monotonic() - started < 0.4
+        return
+    assert RunDirectory(tmp_path).stale_holder == {"pid": "1", "host": "gone"}
+    assert time.monotonic() - started >= 0.4
+
+
+def test_a_host_that_holds_on_is_refused_after_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = open_locked(tmp_path / "lock")
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "other"}))
+    monkeypatch.setattr(file_lock, "_ASK_SECONDS", 0.05)
+    monkeypatch.setattr(file_lock, "LEASE_SECONDS", 0.3)
+    with pytest.raises(UsageError, match=r"pid 1 on host other(.|\n)*remove .*/lock"):
+        RunDirectory(tmp_path)
+    os.close(held)  # type: ignore[arg-type]
+
+
+def test_a_file_system_without_locks_has_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    RunDirectory(tmp_path / "run").release()
+    take(tmp_path / "kept", identity(run="1")).release(unused=False)
+    take(tmp_path / "kept", identity(run="1")).release(unused=False)
 
 
 def test_what_could_not_start_gives_the_folder_back(root: Place) -> None:
@@ -285,7 +392,8 @@ def test_the_layout_of_the_ranks_is_no_part_of_the_run(shards: Path, tmp_path: P
 
 def test_memory_serves_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_usable(tmp_path, place_of("memory://kept"), resume=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"memory of one process, and there are 2.*s3://BUCKET") as caught:
         check_usable(tmp_path, place_of("memory://kept"), resume=False)
     assert caught.value.exit_code == EXIT_USAGE

@@ -74,6 +74,13 @@ def test_what_is_wrong_on_another_host_alone_is_said_there(recipe: Path, tmp_pat
     assert codes == [2] and "model.num_heads = 2" in "\n".join(said)
 
 
+def test_an_environment_that_makes_no_sense_is_one_message(recipe: Path, tmp_path: Path) -> None:
+    other = {"RANK": "5", "WORLD_SIZE": "many", "MASTER_PORT": "99999"}
+    codes, said, _ = ends(recipe, tmp_path, 1, [[]], other)
+    text = "\n".join(said)
+    assert codes == [2] and "2 problems" in text and "WORLD_SIZE = 'many'" in text and "MASTER_PORT = '99999'" in text
+
+
 def test_a_master_that_nobody_serves(recipe: Path, tmp_path: Path) -> None:
     other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
     codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)

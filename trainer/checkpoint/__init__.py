@@ -11,6 +11,7 @@ object_folder.py publishing in an object store
 snapshot.py      what a save writes, taken while training goes on
 background.py    the thread that writes it, one save at a time
 free_space.py    room for checkpoints, asked for before it is used up
+file_lock.py     the kernel's lock on a file, with patience for hosts that have gone
 ownership.py     whose folder it is, so that two runs never share one
 prune.py         which checkpoints are removed, and orphans of a crash
 verify.py        checking, naming and pinning checkpoints, for everybody else

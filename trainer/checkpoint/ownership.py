@@ -11,7 +11,6 @@ whoever has been the holder before learns it at the next save, before anything i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -26,6 +25,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from longspan.errors import UsageError
+from longspan.trainer.checkpoint.file_lock import open_locked, open_locked_patiently
 from longspan.trainer.checkpoint.files import describe_disk_error, sync_folder, temporary_name, write_file
 from longspan.trainer.checkpoint.manifest import committed_folders
 from longspan.trainer.checkpoint.places import Place
@@ -33,6 +33,7 @@ from longspan.trainer.checkpoint.places import Place
 FOLDER = "owner"
 RECORD = "owner.json"
 LOCK = "lock"
+ID_FILE = "run_id"  # in the run directory
 _ATTEMPTS = 20  # each of them loses to another process, or to one that removes left-overs
 
 
@@ -251,12 +252,48 @@ def _take_over(
         remember(found.run)
     elif identity.run != found.run:
         raise UsageError(foreign(root, found))
-    lock = _lock(root / FOLDER / LOCK) if isinstance(root, Path) else -1
+    elif _is_copy(identity, found):
+        identity = _branch(root, identity, found, remember, note)
+    lock = open_locked_patiently(root / FOLDER / LOCK, found.host) if isinstance(root, Path) else -1
     if lock is None:
-        raise UsageError(f"another trainer is at work in {root}: {found}. Wait for it, or stop it.")
-    mine = replace(identity, run=found.run).owner().model_copy(update={"started": found.started})
+        raise UsageError(
+            f"another trainer is at work in {root}: {found}. Wait for it, or stop it. If its host is gone "
+            f"for good and the file server still keeps its lock, remove {root / FOLDER / LOCK}."
+        )
+    mine = replace(identity, run=identity.run or found.run).owner().model_copy(update={"started": found.started})
     _replace(root, mine)
     return Claim(root, mine, found, lock, made_root=False)
+
+
+def _is_copy(identity: Identity, found: Owner) -> bool:
+    """Whether the run directory that the owner wrote from is there still, besides the one that has its id now."""
+    before, now = Path(found.run_dir), Path(identity.run_dir)
+    try:
+        same_id = (before / ID_FILE).read_text(encoding="utf-8").strip() == identity.run
+        return same_id and not before.samefile(now)
+    except OSError:  # moved, or of another host
+        return False
+
+
+def _branch(
+    root: Place, identity: Identity, found: Owner, remember: Callable[[str], None], note: Callable[[str], None]
+) -> Identity:
+    """Make a run of its own of a copied run directory, if it has its checkpoints in it; who it is then.
+
+    Raises:
+        UsageError: they are elsewhere, where the run that was copied has its own.
+    """
+    run_dir = Path(identity.run_dir)
+    if not isinstance(root, Path) or run_dir.resolve() not in root.resolve().parents:
+        raise UsageError(
+            f"{run_dir} is a copy of the run directory {found.run_dir}, which is there still, and the checkpoints in "
+            f"{root} are of that one: {found}. Go on in {found.run_dir}; or, if that one is never to go on, remove "
+            f"{Path(found.run_dir) / ID_FILE}; or, if {root} was copied too, remove {root / FOLDER}."
+        )
+    branch = secrets.token_hex(8)
+    note(f"{run_dir} is a copy of {found.run_dir}, which is there still: it goes on as run {branch}, on its own")
+    remember(branch)
+    return replace(identity, run=branch)
 
 
 def _create(root: Place, mine: Owner) -> int | None:
@@ -271,7 +308,7 @@ def _create(root: Place, mine: Owner) -> int | None:
     try:
         os.mkdir(temporary)
         write_file(temporary, RECORD, [mine.encoded()])
-        lock = _lock(temporary / LOCK)
+        lock = open_locked(temporary / LOCK)
         sync_folder(temporary)
         os.rename(temporary, root / FOLDER)  # fails if there is a folder with something in it
         sync_folder(root)
@@ -293,20 +330,6 @@ def _replace(root: Place, owner: Owner) -> None:
     write_file(root / FOLDER, temporary, [owner.encoded()])
     os.replace(root / FOLDER / temporary, root / FOLDER / RECORD)
     sync_folder(root / FOLDER)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None if another process does; -1 where the file system has no locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
-        return -1
-    return descriptor
 
 
 def _unlock(lock: int | None) -> None:
