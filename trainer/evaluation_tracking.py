@@ -2,7 +2,8 @@
 
 A marker beside the result, written last, says that the store has all of it; without the marker everything is sent
 again, which changes nothing: runs are found by their key, and a point with the same key, step, value and timestamp
-stays one point. Timestamps are the checkpoint's, never the present.
+stays one point. Timestamps are the checkpoint's as whoever logged first saw it, never the present: copies of a run have
+the same key and log to the same run, though copying may have changed the times of their files.
 """
 
 from __future__ import annotations
@@ -167,8 +168,9 @@ def _tags(result: dict[str, Any], parent: str | None) -> dict[str, str]:
 
 
 def _log_evaluation(store: Store, parent: str | None, result: dict[str, Any], picture: Path) -> None:
-    time_ms, data = _time_ms(result), result["data"]
-    run_id = store.find_or_create_run(KEY_TAG, result["key"], _name(result), _tags(result, parent), time_ms)
+    data = result["data"]
+    run_id = store.find_or_create_run(KEY_TAG, result["key"], _name(result), _tags(result, parent), _time_ms(result))
+    time_ms = store.start_ms(run_id)
     store.log_params(run_id, _params(result))
     points = evaluation_points(result, time_ms)
     for start in range(0, len(points), MAX_BATCH):
@@ -192,16 +194,18 @@ def _params(result: dict[str, Any]) -> dict[str, str]:
 
 
 def evaluation_points(result: dict[str, Any], time_ms: int) -> list[Metric]:
-    """Curves over context length: constant names, step = context length (the longest true one for carried).
+    """Curves over context length: constant names, step = context length (the longest true one for modes without).
 
-    Of a synthetic task: curves over the size of the samples.
+    Gains are differences of two modes, with the same steps. Of a synthetic task: curves over the size of the samples.
     """
     points: list[Metric] = []
     curve = [(entry["mode"], entry["context_tokens"], entry) for entry in result["curve"]]
-    curve += [(mode, result[mode]["context_max"], result[mode]) for mode in ("carried", "swapped") if result[mode]]
-    for mode, length, entry in curve:
+    everything = [mode for mode in ("carried", "swapped", "local") if result.get(mode)]
+    curve += [(mode, result[mode]["context_max"], result[mode]) for mode in everything]
+    curves = [(f"ppl_vs_len/{mode}", length, entry) for mode, length, entry in curve]
+    for name, length, entry in curves + _gains(result):
         points += [
-            (f"ppl_vs_len/{mode}/{field}", float(entry[field]), time_ms, int(length))
+            (f"{name}/{field}", float(entry[field]), time_ms, int(length))
             for field in ("bits_per_byte", "ci_low", "ci_high")
             if entry[field] is not None
         ]
@@ -210,14 +214,16 @@ def evaluation_points(result: dict[str, Any], time_ms: int) -> list[Metric]:
             (f"synthetic/{test['test']}/{field}", float(test[field]), time_ms, int(test["high"]))
             for field in ("accuracy", "ci_low", "ci_high")
         ]
-    gain = result.get("memory_gain")
-    if gain:
-        points += [
-            (f"memory_gain/{field}", float(gain[field]), time_ms, int(gain["context_tokens"]))
-            for field in ("bits_per_byte", "ci_low", "ci_high")
-            if gain[field] is not None
-        ]
     return points
+
+
+def _gains(result: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    """(name, context length, interval) of every difference of modes that was measured."""
+    found = [("memory_gain", result.get("memory_gain"))]
+    found += [("position_effect", entry) for entry in result.get("position_effect") or []]
+    found += [(name, result.get(name)) for name in ("content_gain", "local_gain")]
+    whole = result["carried"]["context_max"]
+    return [(name, entry.get("context_tokens", whole), entry) for name, entry in found if entry]
 
 
 def evaluation_columns(result: dict[str, Any], time_ms: int) -> list[Metric]:

@@ -40,6 +40,9 @@ class Store(Protocol):
     def find_or_create_run(self, tag: str, value: str, name: str, tags: dict[str, str], start_ms: int) -> str:
         """Id of the run whose `tag` is `value`; a new one gets the name, the tags and the start."""
 
+    def start_ms(self, run_id: str) -> int:
+        """When a run began, unix milliseconds: the start that its maker gave."""
+
     def highest_steps(self, run_id: str) -> dict[str, int] | None:
         """Highest step per metric name; None if there is no such run."""
 

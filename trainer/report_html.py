@@ -73,8 +73,11 @@ def number(value: float | None, decimals: int = 3) -> str:
 
 
 def signed(value: float | None, decimals: int = 4) -> str:
-    """A difference with its sign, or a dash for none."""
-    return "–" if value is None else f"{value:+.{decimals}f}"
+    """A difference with its sign, or a dash for none; one that the decimals would round to nothing as -3e-06."""
+    if value is None:
+        return "–"
+    lost = value != 0 and abs(value) < 0.5 * 10**-decimals
+    return f"{value:+.0e}" if lost else f"{value + 0.0:+.{decimals}f}"
 
 
 def short(value: float | None) -> str:

@@ -43,10 +43,10 @@ code, pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, mono
 pre { background: var(--page); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; margin: 8px 0 0;
   overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre.config { white-space: pre; max-height: 460px; overflow-y: auto; }
-pre + p { margin-top: 16px; } td:first-child { white-space: nowrap; }
+pre + p, .scroll + p { margin-top: 16px; } td:first-child { white-space: nowrap; }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--accent); font-size: 13.5px; }
 .hash { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-.ci { color: var(--soft); font-size: 12px; white-space: nowrap; }
+.ci { color: var(--soft); font-size: 12px; white-space: nowrap; } td.number .ci { display: block; line-height: 1.3; }
 .chip { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px;
   background: currentColor; }
 .chip.s1 { color: var(--s1); } .chip.s2 { color: var(--s2); } .chip.s3 { color: var(--s3); }

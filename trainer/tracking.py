@@ -84,6 +84,10 @@ class MlflowStore:
             self._client.set_tag(kept, *missing)
         return kept
 
+    def start_ms(self, run_id: str) -> int:
+        """When a run began, unix milliseconds."""
+        return int(self._client.get_run(run_id).info.start_time)
+
     def _runs_with(self, tag: str, value: str) -> list[str]:
         """Ids of all runs with this tag, in an order that everybody sees."""
         found = self._client.search_runs([self._experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=10)

@@ -20,6 +20,7 @@ from longspan.trainer.evaluation import bootstrap
 from longspan.trainer.evaluation.compare import PairedResults
 from longspan.trainer.report import write_report
 from longspan.trainer.report_compare import read_comparison, write_comparison
+from longspan.trainer.report_html import signed
 
 LN2 = math.log(2)
 DOCUMENTS = [(f"{source}/{i}", source) for i, source in enumerate(["books"] * 6 + ["code"] * 4)]
@@ -184,3 +185,9 @@ def test_one_runs_report_shows_the_same_parts(tmp_path: Path) -> None:
     for fact in ("By source", "Loss by place", "Repeats from far back", "Every token", "Task: parity", "0.9600"):
         assert fact in shown, fact
     json.dumps(scored(), allow_nan=False)
+
+
+def test_a_difference_too_small_for_the_decimals_is_not_shown_as_nothing() -> None:
+    assert [signed(value) for value in (-3.2e-6, -0.0, 0.0, -0.00004, 0.00006, None)] == [
+        "-3e-06", "+0.0000", "+0.0000", "-4e-05", "+0.0001", "–",
+    ]  # fmt: skip

@@ -33,10 +33,14 @@ class FakeStore:
                 return run_id
         run_id = f"run{len(self.runs)}"
         self.runs[run_id] = {
-            "tags": {**tags, tag: value}, "points": set(), "sent": 0,
+            "tags": {**tags, tag: value}, "points": set(), "sent": 0, "start_ms": start_ms,
             "params": {}, "artifacts": {}, "status": "RUNNING",
         }  # fmt: skip
         return run_id
+
+    def start_ms(self, run_id: str) -> int:
+        self._check()
+        return int(self.runs[run_id]["start_ms"])
 
     def highest_steps(self, run_id: str) -> dict[str, int] | None:
         self._check()

@@ -38,7 +38,11 @@ def evaluation(run_dir: Path, key: str = "k" * 32) -> tuple[dict[str, Any], Path
         ],
         "carried": entry(2.5, 12000),
         "swapped": None,
+        "local": entry(2.75, 12000),
         "memory_gain": {"context_tokens": 64, **entry(0.2, 0)},
+        "position_effect": [{"context_tokens": 1024, **entry(0.03, 0)}],
+        "content_gain": None,
+        "local_gain": {"bits_per_byte": 0.25, "ci_low": None, "ci_high": None},
     }
     return result, folder / "curve.png"
 
@@ -57,6 +61,12 @@ def test_a_curve_is_a_run_of_its_own_and_a_column_of_the_training_run(run_dir: P
     assert ("ppl_vs_len/truncated/bits_per_byte", 2.75, time_ms, 1024) in curve["points"]
     assert ("ppl_vs_len/truncated/ci_low", 3 - 64 / 4096 - 0.1, time_ms, 64) in curve["points"]
     assert ("ppl_vs_len/carried/bits_per_byte", 2.5, time_ms, 12000) in curve["points"]
+    assert ("ppl_vs_len/local/bits_per_byte", 2.75, time_ms, 12000) in curve["points"]
+    assert {point for point in curve["points"] if not point[0].startswith("ppl") and "ci_" not in point[0]} == {
+        ("memory_gain/bits_per_byte", 0.2, time_ms, 64),
+        ("position_effect/bits_per_byte", 0.03, time_ms, 1024),
+        ("local_gain/bits_per_byte", 0.25, time_ms, 12000),
+    }
     assert ("quick/bits_per_byte_carried/ctx_00012000", 2.5, time_ms, 300) in training["points"]
     assert ("quick/bits_per_byte_truncated/ctx_00001024", 2.75, time_ms, 300) in training["points"]
     assert ("quick/memory_gain/bits_per_byte", 0.2, time_ms, 300) in training["points"]
@@ -74,6 +84,22 @@ def test_logging_again_changes_nothing(run_dir: Path, store: FakeStore) -> None:
     (picture.parent / "_LOGGED").unlink()  # as if killed just before it was written
     assert log_evaluation(run_dir, result, picture, store.open)
     assert [set(run["points"]) for run in store.runs.values()] == points
+
+
+def test_a_copy_of_a_run_logs_the_same_points_though_its_files_are_younger(run_dir: Path) -> None:
+    result, picture = evaluation(run_dir)
+    database = run_dir.parent / "mlflow.db"
+
+    def rows() -> list[tuple[str, float, int, int]]:
+        with sqlite3.connect(database) as connection:
+            return connection.execute("select key, value, timestamp, step from metrics order by 1, 4").fetchall()
+
+    assert log_evaluation(run_dir, result, picture)
+    before = rows()
+    assert len(before) == 19 and {row[2] for row in before} == {int(TIME * 1000)}
+    (picture.parent / "_LOGGED").unlink()
+    result["checkpoint"]["committed"] = TIME + 3600.5  # `cp -r`, or a backup that was put back
+    assert log_evaluation(run_dir, result, picture) and rows() == before
 
 
 def test_a_store_that_is_down_leaves_the_result_for_later(

@@ -180,7 +180,7 @@ class _Pass:
             return
         where = f"the Ray cluster at {place.address}" if place.address else "a local Ray cluster"
         shape = place.shape
-        self._note(f"up to {len(jobs) - first} evaluations to do on {where}, {shape.workers} workers")
+        self._note(f"up to {len(jobs) - first} evaluations to do on {where}, workers: {shape.workers}")
         queue = Queue(
             jobs[first + 1 :],
             begun=jobs[first],
