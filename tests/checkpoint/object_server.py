@@ -76,7 +76,8 @@ def object_server() -> Iterator[ObjectServer]:
     before = fsspec.config.conf.get("s3")
     fsspec.config.conf["s3"] = found.settings()
     try:
-        fsspec.filesystem("s3").mkdir(BUCKET)
+        with contextlib.suppress(FileExistsError):  # servers of one process share what they hold
+            fsspec.filesystem("s3").mkdir(BUCKET)
         yield found
     finally:
         server.shutdown()

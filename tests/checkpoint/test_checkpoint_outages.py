@@ -135,7 +135,8 @@ def fails(config: Any, run_dir: Path, code: int, match: str, **more: Any) -> Non
     assert caught.value.exit_code == code, caught.value
 
 
-@pytest.mark.parametrize("signalled", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("signalled", [False, True])
 def test_a_store_that_is_down_to_the_end_and_comes_back(
     root: RemotePath,
     server: ObjectServer,

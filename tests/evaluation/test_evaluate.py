@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_ends_with_70(run: Path, tmp_path: Path, capsys: py
         ({"context_tokens": [16, 8]}, "not rising"),
         ({"context_tokens": [8, 4096]}, "0 of 4 documents hold 4192 bytes"),
         ({"max_document_bytes": 100}, "Set it to 160 or more"),
-        ({"sources": ["u"]}, "0 of 0 documents"),
+        ({"sources": ["u"]}, "no documents of that source. It has those of t"),
         ({"context_tokens": [4]}, "Put 8 into context_tokens"),
         ({"shards": "nowhere"}, "no corpus at nowhere"),
     ],

@@ -56,6 +56,7 @@ def rows(database: Path, query: str) -> list[Any]:
         return tables.execute(query).fetchall()
 
 
+@pytest.mark.long
 def test_a_dead_store_holds_up_no_run_of_another(
     tmp_path: Path, corpus: Path, spec: EvaluationSpec, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

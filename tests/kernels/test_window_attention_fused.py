@@ -135,7 +135,7 @@ def test_rows_of_an_odd_length_do_not_touch() -> None:
 
 
 @pytest.mark.parametrize("tokens", [333, 256])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [pytest.param(64, marks=pytest.mark.long), 128])
 def test_the_tiles_of_16_bit_numbers_give_the_same(tokens: int, width: int) -> None:
     case = Case(128 if tokens == 256 else 200, tokens, heads=1)
     t = inputs_of(case, torch.float32)

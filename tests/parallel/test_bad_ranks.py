@@ -111,6 +111,7 @@ def train_as(rank: int, recipe: Path, run: Path, environments: list[dict[str, st
     )
 
 
+@pytest.mark.long
 def test_a_program_that_listens_there_and_says_nothing(recipe: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(silent.getsockname()[1])}

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from worlds import in_world
 
@@ -26,6 +27,7 @@ def attempt(rank: int, agent_port: int) -> list[Any]:
     return met
 
 
+@pytest.mark.long
 def test_every_attempt_has_a_store_of_its_own(tmp_path: Path) -> None:
     agent = dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=30), False)  # as the agent of torchrun
     agent.set("longspan-meeting-port", str(network.free_port()))  # of an attempt whose rank 0 died before all came
