@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from longspan.cluster.network import split_address
 from longspan.errors import ClusterError, SecurityError
 
 OBJECT_STORE_BYTES = 80 * 2**20  # tasks and their answers are small; Ray refuses less than 75 MiB
@@ -98,7 +99,6 @@ def _start(ray: Any, cpus: int, gpus: int, folder: Path) -> None:
 @contextmanager
 def _running_cluster(address: str) -> Iterator[Any]:
     try:
-        knock(address)
         _greet(address)
     except OSError as error:
         raise _nobody_at(address, error) from error
@@ -128,10 +128,12 @@ def _greet(address: str) -> None:
     Raises:
         OSError: it does not.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") != "0":
+    place = split_address(address.removeprefix("ray://"))
+    if place is None:
         return
-    with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as connection:
+    with socket.create_connection(place, timeout=CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
         connection.sendall(_HTTP2_PREFACE)
         answer = connection.recv(9)  # the head of a frame: length, type, flags, stream
         if answer[3:4] != _HTTP2_SETTINGS:
@@ -144,9 +146,9 @@ def knock(address: str) -> None:
     Raises:
         OSError: nobody does.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    place = split_address(address.removeprefix("ray://"))
+    if place is not None:
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
 
 
 def _private_token() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from object_server import BUCKET, ObjectServer, object_server
+from object_server import BUCKET, ObjectServer
 from test_checkpoint_load import save_model
 from tiny_states import KILLED, assert_same_state, in_child, tiny_state
 
@@ -33,12 +33,6 @@ from longspan.trainer.run_directory import check_usable, checkpoint_root
 
 _numbers = itertools.count(1)
 LONG_POINTS = ("before-temporary", "mid-payload", "after-payload", "after-committed", "before-prune")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with object_server() as started:
-        yield started
 
 
 @pytest.fixture

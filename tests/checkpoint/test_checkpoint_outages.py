@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_server import BUCKET, ObjectServer, object_server
+from object_server import BUCKET, ObjectServer
 from tiny_states import assert_same_state, tiny_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from tiny_training import build_tiny_corpus, read_log, tiny_config
+from tiny_training import read_log, tiny_config
 
 from longspan.errors import EXIT_FAULT, CheckpointError, LongspanError, Stopped
 from longspan.trainer.checkpoint.places import RemotePath, place_of
@@ -26,17 +26,6 @@ from longspan.trainer.loop import Run, train
 
 _numbers = itertools.count(1)
 DOWN = "500"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with object_server() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -13,18 +13,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from object_server import BUCKET, ObjectServer, object_server
+from object_server import BUCKET, ObjectServer
 from tiny_states import KILLED, assert_same_state, in_child, tiny_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from tiny_training import build_tiny_corpus, tiny_config
+from tiny_training import tiny_config
 
 from longspan.errors import EXIT_USAGE, UsageError
 from longspan.trainer.checkpoint import file_lock
@@ -37,17 +36,6 @@ from longspan.trainer.run_directory import RunDirectory, check_usable, identity_
 
 _numbers = itertools.count(1)
 ROUNDS = 15
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with object_server() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(params=["local", "s3"])

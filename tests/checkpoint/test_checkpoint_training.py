@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from tiny_training import build_tiny_corpus, read_log, tiny_config
+from tiny_training import read_log, tiny_config
 
 from longspan.trainer.checkpoint import free_space
 from longspan.trainer.checkpoint.contents import RunState
@@ -22,11 +22,6 @@ from longspan.trainer.log import RunLog
 from longspan.trainer.loop import train
 
 SAVE_SECONDS = 0.3
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def slow_saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:

@@ -23,7 +23,6 @@ from longspan.cluster import ray_local
 from longspan.errors import ClusterError, SecurityError
 from longspan.trainer import cli
 
-QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
 CONNECT = """
 import sys, ray
 try:
@@ -92,7 +91,14 @@ def test_a_run_is_evaluated_on_a_cluster_that_runs(
     (run / "log.jsonl").write_text('{"kind": "step", "step": 1, "time": 1.0, "loss": 2.0}\n')
     weights = next((run / "checkpoints" / "step-00000002" / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-1])
-    arguments = ["evals", "reconcile", str(run), "--spec", str(tiny_run.spec_file(tmp_path, **QUICK)), "--once"]
+    arguments = [
+        "evals",
+        "reconcile",
+        str(run),
+        "--spec",
+        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
+        "--once",
+    ]
     arguments += ["--address", address, "--workers", "2", "--json"]
     assert cli.main(arguments) == 70  # one of three is damaged
     assert "step-00000002 does not verify" in capsys.readouterr().err
@@ -110,7 +116,14 @@ def test_a_cluster_of_ones_own_comes_and_goes(tmp_path: Path, capsys: pytest.Cap
     corpus = tiny_run.corpus(tmp_path / "corpus")
     run = tiny_run.run_directory(tmp_path / "runs" / "tiny", tiny_run.config(corpus), steps=(1,))
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    arguments = ["evals", "reconcile", str(run), "--spec", str(tiny_run.spec_file(tmp_path, **QUICK)), "--once"]
+    arguments = [
+        "evals",
+        "reconcile",
+        str(run),
+        "--spec",
+        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
+        "--once",
+    ]
     assert cli.main([*arguments, "--workers", "1"]) == 0
     assert "Submitted 1, evaluated 1." in capsys.readouterr().out
     assert {name: value for name, value in os.environ.items() if name.startswith("RAY_")} == before
@@ -146,7 +159,7 @@ def test_an_address_where_no_ray_answers(
     run = tiny_run.run_directory(
         tmp_path / "runs" / "tiny", tiny_run.config(tiny_run.corpus(tmp_path / "corpus")), steps=(1,)
     )
-    spec, address = str(tiny_run.spec_file(tmp_path, **QUICK)), scheme + deaf[who]
+    spec, address = str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)), scheme + deaf[who]
     started = time.monotonic()
     code = cli.main(["evals", "reconcile", str(run), "--spec", spec, "--once", "--json", "--address", address])
     assert code == 70 and time.monotonic() - started < 30  # Ray itself waits for minutes

@@ -19,41 +19,24 @@ import tiny_run
 
 from longspan.cluster.actor_pool import Shape, Source, Task
 from longspan.errors import ClusterError, UsageError
-from longspan.trainer import cli, recipes
+from longspan.trainer import cli
 from longspan.trainer.checkpoint.contents import RunState
 from longspan.trainer.checkpoint.store import CheckpointStore
 from longspan.trainer.checkpoint.verify import pinned
 from longspan.trainer.commands import evals_reconcile
 from longspan.trainer.evaluation import alert, queue, reconcile, status
-from longspan.trainer.evaluation import run as evaluation_run
 from longspan.trainer.evaluation.folders import key_of, read_result, read_results
 from longspan.trainer.evaluation.lease import Lease
 from longspan.trainer.evaluation.run import evaluate
 from longspan.trainer.evaluation.spec import EvaluationSpec
 from longspan.trainer.evaluation.worker import EvaluationWorker
 
-QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.corpus(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
 def run(tmp_path: Path, corpus: Path) -> Path:
     return tiny_run.run_directory(tmp_path / "runs" / "tiny", tiny_run.config(corpus), steps=(1, 2))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> EvaluationSpec:
-    return recipes.load(EvaluationSpec, tiny_run.spec_file(tmp_path, **QUICK))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else here."""
-    monkeypatch.setattr(evaluation_run, "curve_png", lambda result, path: path.write_bytes(b"picture"))
 
 
 class Jobs:
@@ -122,7 +105,14 @@ def test_a_damaged_checkpoint_is_failed_with_the_reason_and_not_evaluated(
 ) -> None:
     flip_weights(run / "checkpoints" / "step-00000001")
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
-    arguments = ["evals", "reconcile", str(run), "--spec", str(tiny_run.spec_file(tmp_path, **QUICK)), "--once"]
+    arguments = [
+        "evals",
+        "reconcile",
+        str(run),
+        "--spec",
+        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
+        "--once",
+    ]
     assert cli.main(arguments) == 70
     assert "2 evaluations failed" in capsys.readouterr().err
     assert jobs.ran == ["step-00000001"] and not list((run / "evals").glob("*/_SUCCESS"))
@@ -365,7 +355,7 @@ def test_status_and_retry(
     run: Path, spec: EvaluationSpec, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip_weights(run / "checkpoints" / "step-00000001")
-    arguments = [str(run), "--spec", str(tiny_run.spec_file(tmp_path, **QUICK)), "--json"]
+    arguments = [str(run), "--spec", str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)), "--json"]
 
     def say(action: str, *more: str) -> dict[str, Any]:
         assert cli.main(["evals", action, *arguments, *more]) == 0
@@ -405,7 +395,7 @@ def test_status_and_retry(
 def test_wrong_options_are_refused(
     run: Path, tmp_path: Path, more: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evals", "reconcile", str(run), "--spec", str(tiny_run.spec_file(tmp_path, **QUICK)), *more]
+    arguments = ["evals", "reconcile", str(run), "--spec", str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)), *more]
     try:
         code = cli.main(arguments)
     except SystemExit as error:
@@ -431,7 +421,7 @@ def test_a_daemon_passes_again_and_again_until_a_signal_comes(
     monkeypatch.setattr(evals_reconcile, "interval_seconds", lambda text: 0.01)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        spec = str(tiny_run.spec_file(tmp_path, **QUICK))
+        spec = str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK))
         assert cli.main(["evals", "reconcile", str(run), "--spec", spec, "--every", "10m"]) == 0
     finally:
         for number, handler in before.items():

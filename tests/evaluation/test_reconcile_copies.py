@@ -10,19 +10,11 @@ import pytest
 import tiny_run
 
 from longspan.cluster.actor_pool import Shape
-from longspan.trainer import recipes
 from longspan.trainer.evaluation import reconcile
-from longspan.trainer.evaluation import run as evaluation_run
 from longspan.trainer.evaluation.folders import key_of, read_results
 from longspan.trainer.evaluation.spec import EvaluationSpec
 
-QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else here."""
-    monkeypatch.setattr(evaluation_run, "curve_png", lambda result, path: path.write_bytes(b"picture"))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
@@ -31,11 +23,6 @@ def copies(tmp_path: Path) -> list[Path]:
     corpus = tiny_run.corpus(tmp_path / "corpus")
     one = tiny_run.run_directory(tmp_path / "runs" / "one", tiny_run.config(corpus), steps=(1, 2))
     return [one, Path(shutil.copytree(one, tmp_path / "runs" / "other"))]
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> EvaluationSpec:
-    return recipes.load(EvaluationSpec, tiny_run.spec_file(tmp_path, **QUICK))
 
 
 def once(runs: list[Path], spec: EvaluationSpec) -> reconcile.Report:

@@ -18,34 +18,17 @@ from longspan.cluster.actor_pool import Shape, Task
 from longspan.trainer import cli, recipes
 from longspan.trainer.checkpoint.verify import pinned
 from longspan.trainer.evaluation import alert, reconcile
-from longspan.trainer.evaluation import run as evaluation_run
 from longspan.trainer.evaluation.best import follow
 from longspan.trainer.evaluation.folders import key_of, read_result, read_results
 from longspan.trainer.evaluation.run import evaluate
 from longspan.trainer.evaluation.spec import EvaluationSpec
 
-QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else here."""
-    monkeypatch.setattr(evaluation_run, "curve_png", lambda result, path: path.write_bytes(b"picture"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.corpus(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
 def run(tmp_path: Path, corpus: Path) -> Path:
     return tiny_run.run_directory(tmp_path / "runs" / "tiny", tiny_run.config(corpus), steps=(1,))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> EvaluationSpec:
-    return recipes.load(EvaluationSpec, tiny_run.spec_file(tmp_path, **QUICK))
 
 
 @pytest.fixture
@@ -62,7 +45,7 @@ def command(capsys: pytest.CaptureFixture[str], *runs: Path) -> tuple[int, dict[
     """Exit code, the object of `--json`, and what was said besides."""
     spec = runs[0].parent / "spec.yaml"
     if not spec.exists():
-        tiny_run.spec_file(spec.parent, **QUICK)
+        tiny_run.spec_file(spec.parent, **tiny_run.QUICK)
     arguments = ["evals", "reconcile", *map(str, runs), "--spec", str(spec), "--once", "--json", "--workers", "1"]
     code, said = cli.main(arguments), capsys.readouterr()
     return code, json.loads(said.out.splitlines()[-1]), said.err
@@ -188,7 +171,7 @@ def test_a_machine_without_room_for_ray_is_a_fault_with_everything_so_far(
     run: Path, pool: fake_pool.Pool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/longspan-ray-x")
+        raise OSError(errno.ENOSPC, "No space left on device", "ray-session")
 
     monkeypatch.setattr(reconcile, "ray_session", full)
     code, said, text = command(capsys, run, run.parent / "none")
@@ -238,7 +221,7 @@ def test_a_full_disk_loses_nothing_and_the_next_pass_goes_on(
     disk: Disk, corpus: Path, pool: fake_pool.Pool, capsys: pytest.CaptureFixture[str], tmp_path: Path, moment: str
 ) -> None:
     run = tiny_run.run_directory(disk.folder / "tiny", tiny_run.config(corpus), steps=(1, 2))
-    tiny_run.spec_file(disk.folder, **QUICK)
+    tiny_run.spec_file(disk.folder, **tiny_run.QUICK)
 
     def fills(task: Task) -> None:
         if task.method == moment and not disk.refused:

@@ -15,26 +15,9 @@ from longspan.cluster.actor_pool import Shape
 from longspan.trainer import evaluation_tracking, recipes
 from longspan.trainer.config import RunConfig
 from longspan.trainer.evaluation import reconcile
-from longspan.trainer.evaluation import run as evaluation_run
 from longspan.trainer.evaluation.spec import EvaluationSpec
 
-QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else here."""
-    monkeypatch.setattr(evaluation_run, "curve_png", lambda result, path: path.write_bytes(b"picture"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> EvaluationSpec:
-    return recipes.load(EvaluationSpec, tiny_run.spec_file(tmp_path, **QUICK))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def run_with(folder: Path, corpus: Path, uri: str, steps: tuple[int, ...]) -> Path:

@@ -19,6 +19,8 @@ from longspan.trainer.config import RunConfig
 
 LENGTHS = {"a": 700, "b": 900, "c": 640, "d": 120, "train": 400}
 LAYERS = ({"mixer": "sliding_window"}, {"mixer": "block_recurrent", "num_states": 4})
+# fields of a spec that is soon scored
+QUICK = {"spans_per_document": 1, "span_bytes": 16, "context_tokens": [8, 64], "bootstrap_samples": 100}
 
 
 def text(name: str, size: int) -> bytes:
