@@ -70,7 +70,8 @@ def _scan(k: Tensor, v: Tensor, document: Tensor, state: Tensor) -> tuple[Tensor
     added = k.masked_fill(~last, 0.0).transpose(-1, -2) @ v
     continues = document[..., -1] == 0
     before = []
-    for chunk in range(k.shape[1]):
+    # unbound at once: the gradient of each chunk taken by its number would be a tensor of all chunks
+    for goes_on, sums in zip(continues[..., None, None, None].unbind(1), added.unbind(1), strict=True):
         before.append(state)
-        state = torch.where(continues[:, chunk, None, None, None], state, 0.0) + added[:, chunk]
+        state = torch.where(goes_on, state, 0.0) + sums
     return state, torch.stack(before, dim=1)
