@@ -358,6 +358,7 @@ def _bench(commands: Subparsers) -> None:
     step.add_argument("--activation-checkpointing", choices=("none", "mixer", "layer"), default="none")
     step.add_argument("--dropout", type=float, default=0.0)
     step.add_argument("--optimizer", choices=("none", "adamw"), default="none", help="update weights in each step")
+    step.add_argument("--in-turns", action="store_true", help="contenders take turns, all in memory: for close races")
     chain = add("block-recurrent", "state chain, and a whole recurrent mixer", "--rows", "--segment-tokens")
     chain.add_argument("--model", help="recipe whose first recurrent layer to take")
     add("window-attention", "sliding-window attention", "--rows", "--segment-tokens", "--window-tokens")

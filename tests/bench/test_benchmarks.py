@@ -99,6 +99,18 @@ def test_a_step_says_what_share_of_the_rate_it_reaches(capsys: pytest.CaptureFix
     assert any("AdamW" in note for note in result["notes"])
 
 
+def test_contenders_that_take_turns_are_measured_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    result, _ = run(capsys, "step", *SMALL["step"], "--in-turns", "--json")
+    assert "--in-turns" in result["command"].split() and result["settings"]["in_turns"] is True
+    apart, _ = run(capsys, "step", *SMALL["step"], "--json")
+    assert "--in-turns" not in apart["command"]
+    names = [(row["contender"], row["case"], row["status"]) for row in result["rows"]]
+    assert names == [(row["contender"], row["case"], row["status"]) for row in apart["rows"]]
+    for row in result["rows"]:
+        if row["status"] == "measured":
+            assert row["repeats"] == 3 and all(row[number] > 0 for number in ROW_NUMBERS)
+
+
 def test_a_missing_peer_is_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lucidrains, "PACKAGE", "no_such_package")
     result, _ = run(capsys, "step", *SMALL["step"], "--json")

@@ -74,6 +74,7 @@ SURFACE = {
         "--activation-checkpointing",
         "--dropout",
         "--optimizer",
+        "--in-turns",
     },
     "bench block-recurrent": {*BENCH_OPTIONS, "--model", "--rows", "--segment-tokens"},
     "bench window-attention": {*BENCH_OPTIONS, "--rows", "--segment-tokens", "--window-tokens"},

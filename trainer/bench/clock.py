@@ -12,6 +12,7 @@ import torch
 _GPU_SECONDS, _GPU_CALLS = 1.5, (5, 100)  # time to fill with timed calls; fewest and most of them
 _CPU_SECONDS, _CPU_CALLS = 0.2, (3, 20)
 _WARM_SECONDS = 0.3  # long enough for a GPU's clocks to rise
+_TURN_CALLS = 4  # of one contender's turn; the first waits for a GPU that was idle, and is dropped
 _FLUSH_BYTES = 2**28  # more than any L2 cache
 
 
@@ -67,11 +68,53 @@ def time_calls(
         flush: on a GPU overwrite the L2 cache between calls, for calls whose working set fits in it.
     """
     seconds = _warm(call, device)
+    count = repeat or _calls_in(seconds, device)
+    return _timing(*_times(call, device, count, flush), first_seconds)
+
+
+def time_in_turns(
+    calls: list[Callable[[], object]], device: torch.device, *, repeat: int | None, first_seconds: list[float]
+) -> list[Timing]:
+    """Time calls that have run once already, a few of each in turn, every other round in reverse order.
+
+    A GPU at its power limit slows down while it gets warm: contenders that are measured one after another meet
+    another device each.
+
+    Args:
+        calls: what is timed.
+        device: where they run.
+        repeat: timed calls of each, rounded up to whole turns; None: as many as fill the time set aside.
+        first_seconds: what the first call of each took, for the result.
+    """
+    kept = _TURN_CALLS - 1
+    slowest = max(_warm(call, device) for call in calls)
+    rounds = -(-(repeat or _calls_in(slowest, device)) // kept)
+    times: list[list[float]] = [[] for _ in calls]
+    hosts: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        order = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
+        for place in order:
+            found, host = _times(calls[place], device, _TURN_CALLS, flush=False)
+            times[place] += found[1:]
+            hosts[place].append(host)
+    together = zip(times, hosts, first_seconds, strict=True)
+    return [_timing(found, statistics.fmean(host), first) for found, host, first in together]
+
+
+def _calls_in(seconds: float, device: torch.device) -> int:
+    """How many calls of so many seconds fill the time set aside."""
     budget, (fewest, most) = (_GPU_SECONDS, _GPU_CALLS) if device.type == "cuda" else (_CPU_SECONDS, _CPU_CALLS)
-    count = repeat or max(fewest, min(most, int(budget / max(seconds, 1e-9))))
-    times, host = _cuda_times(call, device, count, flush) if device.type == "cuda" else _cpu_times(call, count)
+    return max(fewest, min(most, int(budget / max(seconds, 1e-9))))
+
+
+def _times(call: Callable[[], object], device: torch.device, count: int, flush: bool) -> tuple[list[float], float]:
+    """Milliseconds of each call; mean of what the host took to issue one."""
+    return _cuda_times(call, device, count, flush) if device.type == "cuda" else _cpu_times(call, count)
+
+
+def _timing(times: list[float], host_ms: float, first_seconds: float) -> Timing:
     low, median, high = (times[0],) * 3 if len(times) == 1 else statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median, low, high, host, count, first_seconds)
+    return Timing(median, low, high, host_ms, len(times), first_seconds)
 
 
 def _warm(call: Callable[[], object], device: torch.device) -> float:

@@ -7,18 +7,20 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 
 from longspan.trainer.bench.ceilings import Ceilings, measure_ceilings
-from longspan.trainer.bench.clock import Timing, first_call, time_calls
+from longspan.trainer.bench.clock import Timing, first_call, time_calls, time_in_turns
 from longspan.trainer.bench.floors import Cost, floor_ms
 from longspan.trainer.bench.profile import Profile
 from longspan.trainer.bench.result import OURS, Row, Status
 from longspan.trainer.bench.settings import Common
 from longspan.trainer.device import process_age_seconds
 
+T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -63,8 +65,18 @@ class Contender:
     prepare: Callable[[], Work]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A contender that has run once. peak_gib: of a warm call, what others hold not counted; None on a CPU."""
+
+    contender: Contender
+    work: Work
+    first_seconds: float
+    peak_gib: float | None
+
+
 class Session:
-    """Measures contenders in turn, each alone in memory."""
+    """Measures contenders, one after another and each alone in memory, or in turns."""
 
     def __init__(self, common: Common, device: torch.device) -> None:
         """Args: common: precision, repeats and profile; device: where everything runs."""
@@ -80,15 +92,39 @@ class Session:
         self._clear()
         return measure_ceilings(self.device, self.dtype)
 
-    def race(self, contenders: list[Contender]) -> list[Row]:
-        """One row each, in order. What breaks becomes a row; the rest goes on."""
-        return [self._measure(contender) for contender in contenders]
+    def race(self, contenders: list[Contender], *, in_turns: bool = False) -> list[Row]:
+        """One row each, in order. What breaks becomes a row; the rest goes on.
+
+        Args:
+            contenders: who runs.
+            in_turns: all of them stay in memory and run a few calls at a time, for ratios near 1.
+        """
+        return self._race_in_turns(contenders) if in_turns else [self._measure(one) for one in contenders]
 
     def _measure(self, contender: Contender) -> Row:
-        print(f"bench: {contender.name}, {contender.case}", file=sys.stderr, flush=True)
         self._clear()
+        return self._or_why_not(contender, lambda: self._timed(self._ready(contender)))
+
+    def _race_in_turns(self, contenders: list[Contender]) -> list[Row]:
+        self._clear()
+        found = [self._or_why_not(one, partial(self._ready, one)) for one in contenders]
+        ready = [one for one in found if isinstance(one, _Ready)]
+        if not ready:
+            return [one for one in found if isinstance(one, Row)]
+        timings = time_in_turns(
+            [one.work.call for one in ready],
+            self.device,
+            repeat=self.common.repeat,
+            first_seconds=[one.first_seconds for one in ready],
+        )
+        rows = iter([self._row(one, timing) for one, timing in zip(ready, timings, strict=True)])
+        return [one if isinstance(one, Row) else next(rows) for one in found]
+
+    def _or_why_not(self, contender: Contender, get: Callable[[], T]) -> T | Row:
+        """What `get` returns, or a row that says why it did not."""
+        print(f"bench: {contender.name}, {contender.case}", file=sys.stderr, flush=True)
         try:
-            return self._timed(contender)
+            return get()
         except Unavailable as error:
             return Row(contender.name, contender.case, error.status, note=str(error))
         except Exception as error:  # a peer may break in any way, and the others should still be measured
@@ -96,20 +132,25 @@ class Session:
                 traceback.print_exc()
             return Row(contender.name, contender.case, "failed", note=_first_line(error))
 
-    def _timed(self, contender: Contender) -> Row:
+    def _ready(self, contender: Contender) -> _Ready:
+        held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         work = contender.prepare()
         first_seconds = first_call(work.call, self.device)
         if self.first_step_seconds is None:
             self.first_step_seconds = process_age_seconds()
-        peak = self._peak_gib(work)
+        return _Ready(contender, work, first_seconds, self._peak_gib(work, held))
+
+    def _timed(self, ready: _Ready) -> Row:
+        work = ready.work
         timing = time_calls(
-            work.call, self.device, repeat=self.common.repeat, first_seconds=first_seconds, flush=work.small
+            work.call, self.device, repeat=self.common.repeat, first_seconds=ready.first_seconds, flush=work.small
         )
+        return self._row(ready, timing)
+
+    def _row(self, ready: _Ready, timing: Timing) -> Row:
+        contender, work = ready.contender, ready.work
         if self.profile is not None:
             self.profile.add(f"{contender.name}, {contender.case}", work.call, timing.median_ms)
-        return self._row(contender, work, timing, peak)
-
-    def _row(self, contender: Contender, work: Work, timing: Timing, peak: float | None) -> Row:
         per_part = 1 / work.parts
         seconds = timing.median_ms * 1e-3
         flops = sum(cost.flops for cost in work.costs)
@@ -131,20 +172,20 @@ class Session:
             tokens_per_second=work.tokens / seconds,
             matrix_share=flops / (seconds * per_part) / ceilings.matrix_flops,
             share_6nd=share_6nd,
-            peak_gib=peak,
+            peak_gib=ready.peak_gib,
             floor_ms=floor_ms(work.costs, ceilings),
             flops=flops,
             num_bytes=sum(cost.num_bytes for cost in work.costs),
             parameters=work.parameters,
         )
 
-    def _peak_gib(self, work: Work) -> float | None:
-        """Of a warm call: a compiler's trials and what flushes the cache do not count."""
+    def _peak_gib(self, work: Work, held: int) -> float | None:
+        """Of a warm call, beyond `held` bytes: a compiler's trials and what flushes the cache do not count."""
         if self.device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats(self.device)
         first_call(work.call, self.device)
-        return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return (torch.cuda.max_memory_allocated(self.device) - held) / 2**30
 
     def _clear(self) -> None:
         """Give back what the contender before held, so that each is alone in memory."""

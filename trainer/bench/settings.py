@@ -41,13 +41,18 @@ class Common:
 
 @dataclass(frozen=True)
 class StepSettings(Common):
-    """Of `longspan bench step`: B rows of N tokens through each model."""
+    """Of `longspan bench step`: B rows of N tokens through each model.
+
+    Attributes:
+        in_turns: contenders run in turns, all in memory at once.
+    """
 
     models: tuple[ModelConfig, ...]
     rows: int
     segment_tokens: int
     activation_checkpointing: ActivationCheckpointing
     optimizer: str
+    in_turns: bool
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,7 @@ def _step(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[s
         segment_tokens=tokens,
         activation_checkpointing=args.activation_checkpointing,
         optimizer=args.optimizer,
+        in_turns=args.in_turns,
     )
 
 

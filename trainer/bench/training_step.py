@@ -39,7 +39,7 @@ def measure(settings: StepSettings, session: Session) -> Measured:
             for config in settings.models
             if lucidrains.recurrent_layers(config) and not config.feedback
         ]
-    rows = session.race(contenders)
+    rows = session.race(contenders, in_turns=settings.in_turns)
     notes = ["Peers do less: plain has no position bias, learned scales, cache or dropout; see its source."]
     if settings.optimizer == "adamw":
         notes.append("With torch's fused AdamW on weights of the chosen precision; training keeps fp32 weights too.")

@@ -101,8 +101,12 @@ def command_line(args: argparse.Namespace) -> str:
     for name, value in vars(args).items():
         if name in _NOT_OPTIONS or name in ("profile", "write_report") or value in (None, []):
             continue
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [option] if value else []
+            continue
         for one in value if isinstance(value, list) else [value]:
-            words += [f"--{name.replace('_', '-')}", str(one)]
+            words += [option, str(one)]
     return shlex.join(words)
 
 
