@@ -21,6 +21,9 @@ from longspan.trainer.plan.setting import Setting
 MODEL = "configs/model/rec_fixed_skip_12l.yaml"
 LONG = ["--segment-tokens", "131072", "--vocab-size", "32128", "--rows", "4", "--activation-checkpointing", "layer"]
 HARDWARE = load_hardware("h100")
+# launches that take no time: waits for other ranks are not hidden under them
+NO_LAUNCHES = dict.fromkeys(("launch_us", "engine_us", "stage2_tensor_us", "stage3_tensor_us", "message_us"), 0.0)
+LAUNCHED = HARDWARE.model_copy(update={"host": HARDWARE.host.model_copy(update=NO_LAUNCHES)})
 
 
 def job(lanes: int = 8, segment: int = 65_536, **changes: object) -> Job:
@@ -55,12 +58,14 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert best["seconds"] == pytest.approx(best["simulated_seconds"], rel=0.03)
     assert best["tokens_per_second"] == pytest.approx(4 * 131_072 / best["seconds"])
     assert {step["gpus"] for step in parallel["measured"]} == {1, 2}
+    assert not any(step["fitted"] for step in parallel["measured"])
+    assert best["bound_by"] == "device"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--gpus", "8", "--lanes", "1", "--only", "cp=8", "--optimizer", "adamw"]
-    assert cli.main(["plan", MODEL, "--segment-tokens", "8192", *options]) == 0
+    options = ["--gpus", "8", "--lanes", "4", "--only", "cp=8", "--only", "state_slices=1", "--optimizer", "adamw"]
+    assert cli.main(["plan", MODEL, "--segment-tokens", "131072", *options]) == 0
     out = capsys.readouterr().out
     for expected in ("simulated", "is under 0.8", "ranks wait for each other's state", "Better: ", "InfiniBand"):
         assert expected in out
@@ -223,7 +228,7 @@ def test_efficiency_falls_with_ranks_of_a_sequence() -> None:
 
 
 def test_a_warning_names_the_cause_and_a_remedy_that_helps() -> None:
-    planner = Planner(job(lanes=8, segment=16_384), HARDWARE)
+    planner = Planner(job(lanes=8, segment=16_384), LAUNCHED)
     candidate = planner.candidate(Layout(1, 8, 1, 1, 1, "layer", 8, 1))
     described = describe(planner, candidate, simulated=True)
     assert described["efficiency"] < LEAST_EFFICIENCY
@@ -233,7 +238,7 @@ def test_a_warning_names_the_cause_and_a_remedy_that_helps() -> None:
     better = planner.efficiency(planner.candidate(Layout(1, 8, 1, 1, 2, "layer", 8, 1)))
     assert f"state_slices = 2 ({better:.2f})" in warning
     assert better > described["efficiency"]
-    more = Planner(job(lanes=64, segment=16_384), HARDWARE)
+    more = Planner(job(lanes=64, segment=16_384), LAUNCHED)
     wide = more.efficiency(more.candidate(Layout(1, 8, 1, 1, 8, "layer", 64, 1)))
     assert f"lanes = 64 in micro-batches of 64, state_slices = 8 ({wide:.2f})" in warning
 
@@ -247,8 +252,8 @@ def test_what_does_not_fit_says_so() -> None:
 
 @pytest.mark.parametrize("index", range(len(HARDWARE.measured)))
 def test_measured_steps_are_met(index: int) -> None:
-    """Within 20%, as on one GPU."""
+    """Within 20%, as on one GPU; those that rates of the host are fitted to within 5%."""
     measured = HARDWARE.measured[index]
     setting = dataclasses.replace(job().setting, segment_tokens=measured.segment_tokens)
     predicted = predicted_of(measured, setting, HARDWARE).prediction.seconds
-    assert predicted == pytest.approx(measured.seconds, rel=0.20)
+    assert predicted == pytest.approx(measured.seconds, rel=0.05 if measured.fitted else 0.20)

@@ -11,7 +11,7 @@ import pytest
 from longspan.modeling.config import ModelConfig
 from longspan.trainer.plan import predict as formulas
 from longspan.trainer.plan.events import Simulation
-from longspan.trainer.plan.hardware import LinkRates, load_hardware
+from longspan.trainer.plan.hardware import HostRates, LinkRates, load_hardware
 from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.links import Group, collective_seconds
 from longspan.trainer.plan.predict import predict
@@ -21,7 +21,10 @@ from longspan.trainer.plan.traffic import LayerMessages
 from longspan.trainer.plan.work import LayerWork, Seconds, Work, Workshop
 from longspan.trainer.recipes import read_recipe
 
-HARDWARE = load_hardware("h100")
+RATES = ("launch_us", "engine_us", "stage2_tensor_us", "stage3_tensor_us", "message_us")
+MEASURED = load_hardware("h100")
+# With launches that take no time: where they bound a step, formulas and simulation agree whatever the schedule.
+HARDWARE = MEASURED.model_copy(update={"host": HostRates(source="none", **dict.fromkeys(RATES, 0.0))})
 # A formula may be late by this much, but never early: it takes the slowest link for all neighbours, most of all where
 # shares are a block long, and adds up what stage 3 gathers while ranks wait for a state anyway.
 ONE_HOST, SEVERAL_HOSTS, STAGE_THREE, SHORT_SHARES, EARLY = 1.02, 1.08, 1.10, 1.15, 0.999
@@ -87,6 +90,16 @@ def test_formulas_agree_at_full_depth(name: str, segment: int) -> None:
         assert not disagreements(job(name, segment, 64, state_grad, repeat=24), meshes)
 
 
+def test_formulas_agree_where_launches_bound_the_step() -> None:
+    small = job("rec_fixed_skip_12l", 8192, lanes=8)
+    for mesh, stage, policy, rows in (((2, 1, 1), 2, "none", 1), ((1, 2, 2), 1, "layer", 4), ((1, 8, 1), 3, "none", 8)):
+        layout = Layout(*mesh, stage, 1, policy, rows, 8 // mesh[0] // rows)  # type: ignore[arg-type]
+        work = Workshop(small, MEASURED).work(layout)
+        found = predict(layout, work, MEASURED)
+        assert found.host > 0
+        assert EARLY <= found.seconds / simulate(layout, work, MEASURED) <= STAGE_THREE
+
+
 def test_a_forgotten_slice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a hand-over in slices costs as much as one in one piece."""
     right = formulas.chain_seconds
@@ -142,7 +155,7 @@ def test_zero_that_hides_everything_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def bare_work(layers: list[LayerWork], slices: int = 1, truncate: bool = False) -> Work:
-    return Work(tuple(layers), 0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0), 0.0, 0.0, (), slices, 1, truncate)
+    return Work(tuple(layers), 0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0), 0.0, 0.0, 0.0, (), slices, 1, truncate)
 
 
 def free_links() -> Any:

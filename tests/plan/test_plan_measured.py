@@ -46,12 +46,43 @@ TABLE = (
 )
 
 
+# The same day with the newer window attention, contenders in turns in one process, mean ms; without memory.
+# Launches do not bound these; those that they bound are in test_plan_host.py.
+NEWER = (
+    ("rec_fixed_skip_12l", 8, 4096, 81.93),
+    ("slide_13l", 8, 4096, 81.01),
+    ("rec_fixed_skip_12l", 16, 4096, 160.50),
+    ("slide_13l", 16, 4096, 155.65),
+    ("rec_fixed_skip_12l", 4, 8192, 81.94),
+    ("slide_13l", 4, 8192, 80.53),
+    ("rec_fixed_skip_12l", 2, 16_384, 83.99),
+    ("slide_13l", 2, 16_384, 79.73),
+    ("rec_fixed_skip_12l", 1, 32_768, 83.63),
+    ("slide_13l", 1, 32_768, 80.54),
+    ("rec_fixed_skip_12l", 1, 131_072, 325.28),
+    ("slide_13l", 1, 131_072, 310.27),
+)
+
+
+def planned(model: str, rows: int, tokens: int, policy: ActivationCheckpointing) -> tuple[Setting, dict]:
+    raw = read_recipe(f"configs/model/{model}.yaml")["model"]
+    config = ModelConfig(**{**raw, "vocab_size": 32_128, "dropout": 0.0})
+    setting = Setting(config, rows, tokens, 1, "bf16", policy, "none", 0)
+    return setting, make_plan(setting, load_hardware("h100"))
+
+
+@pytest.mark.parametrize(("model", "rows", "tokens", "milliseconds"), NEWER)
+def test_steps_with_the_newer_window_attention(model: str, rows: int, tokens: int, milliseconds: float) -> None:
+    """Asked for are 20%; 6% holds and would show a rate that was lost."""
+    step = planned(model, rows, tokens, "none")[1]["step"]
+    assert step["bound_by"] == "device"
+    assert 1e3 * step["seconds"] == pytest.approx(milliseconds, rel=0.06)
+
+
 @pytest.mark.parametrize("measured", TABLE, ids=lambda row: f"{row.model}-{row.rows}x{row.tokens}-{row.policy}")
 def test_predictions_are_near_what_was_measured(measured: Measured) -> None:
-    raw = read_recipe(f"configs/model/{measured.model}.yaml")["model"]
-    config = ModelConfig(**{**raw, "vocab_size": 32_128, "dropout": 0.0})
-    setting = Setting(config, measured.rows, measured.tokens, 1, "bf16", measured.policy, "none", 0)
-    plan = make_plan(setting, load_hardware("h100"))
-    since = sum(saved(setting, layer)[name] for layer in config.expanded_layers() for name in KEPT_SINCE) / 2**30
+    setting, plan = planned(measured.model, measured.rows, measured.tokens, measured.policy)
+    layers = setting.model.expanded_layers()
+    since = sum(saved(setting, layer)[name] for layer in layers for name in KEPT_SINCE) / 2**30
     assert plan["memory"]["total_gib"] == pytest.approx(measured.peak_gib + since, rel=0.15)
     assert 1e3 * plan["step"]["seconds"] == pytest.approx(measured.milliseconds, rel=0.20)

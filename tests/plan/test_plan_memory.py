@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.modeling.config import ModelConfig
+from longspan.modeling.config import ModelConfig, SlidingWindowConfig
 from longspan.trainer.plan.hardware import Hardware, interpolate, load_hardware
-from longspan.trainer.plan.memory import plan_memory
+from longspan.trainer.plan.memory import backward_workspace, plan_memory
+from longspan.trainer.plan.parameters import total_parameters
 from longspan.trainer.plan.report import make_plan
 from longspan.trainer.plan.setting import Setting
 from longspan.trainer.plan.timing import plan_step
@@ -31,8 +32,11 @@ def test_more_tokens_take_more_memory_and_time(name: str, checkpointing: str, h1
     plans = [setting(name, segment_tokens=n, checkpointing=checkpointing) for n in (1024, 2048, 4096, 16384, 65536)]
     totals = [plan_memory(plan).total for plan in plans]
     assert totals == sorted(set(totals))
-    seconds = [plan_step(plan, h100).seconds for plan in plans]
-    assert seconds == sorted(set(seconds))
+    steps = [plan_step(plan, h100) for plan in plans]
+    device, seconds = [step.device for step in steps], [step.seconds for step in steps]
+    assert device == sorted(set(device))
+    assert seconds == sorted(seconds)  # short ones take as long as their launches
+    assert seconds[-1] > seconds[0]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -60,7 +64,7 @@ def test_gradients_are_whole_when_micro_batches_add_up() -> None:
 def test_the_update_is_the_peak_of_a_tiny_batch() -> None:
     tiny = plan_memory(setting(rows=1, segment_tokens=1024, optimizer="adamw", zero_stage=1))
     assert tiny.activations == 0
-    assert tiny.gradients == tiny.weights
+    assert tiny.gradients == 2 * total_parameters(setting().model)
 
 
 def test_half_of_the_time_of_long_segments_is_not_lost_on_the_host(h100: Hardware) -> None:
@@ -68,6 +72,39 @@ def test_half_of_the_time_of_long_segments_is_not_lost_on_the_host(h100: Hardwar
     small = make_plan(setting("rec_fixed_skip_quickstart", rows=1, segment_tokens=128), h100)
     assert small["step"]["bound_by"] == "host"
     assert any("launching" in line for line in small["assumptions"])
+    assert small["step"]["seconds"] == pytest.approx(small["step"]["host_seconds"])
+
+
+def test_the_engine_s_part_of_a_step_comes_once(h100: Hardware) -> None:
+    bare, once, often = (
+        plan_step(setting(rows=1, optimizer=name, zero_stage=stage, micro_batches=count), h100)
+        for name, stage, count in (("none", 0, 1), ("adamw", 1, 1), ("adamw", 1, 4))
+    )
+    assert bare.engine == 0 < once.engine == often.engine
+    assert once.seconds == pytest.approx(bare.seconds + once.update + once.engine)
+    assert often.seconds == pytest.approx(4 * bare.seconds + often.update + often.engine)
+
+
+def test_states_of_all_micro_batches_are_held() -> None:
+    one, four = (plan_memory(setting(rows=2, micro_batches=count)).state for count in (1, 4))
+    assert four == 4 * one
+
+
+def test_buffers_of_the_engine() -> None:
+    """Stage 3 has one for its share of the gradients; from stage 1 on one rank has the bucket for their sum too."""
+    whole = 2 * total_parameters(setting().model)
+    two = [plan_memory(setting(optimizer="adamw", zero_stage=stage, shards=2)).gradients for stage in (2, 3)]
+    assert two[0] < two[1] == whole / 2
+    weights = [plan_memory(setting(optimizer="adamw", zero_stage=stage)).weights for stage in (0, 1)]
+    assert weights == [whole, 2 * whole]
+
+
+def test_sums_of_the_bias_grow_with_the_segment() -> None:
+    """[tiles of 64 keys, those of the cache too, 8 heads, 128] in fp32: 67 MB at 2^20 tokens; none with RoPE."""
+    t5, rotary = (SlidingWindowConfig(mixer="sliding_window", positions=name) for name in ("t5", "rope"))
+    long = setting("slide_13l", rows=1, segment_tokens=2**20, checkpointing="layer")
+    sums = backward_workspace(long, t5) - backward_workspace(long, rotary)
+    assert sums == (2**14 + 8) * 8 * 128 * 4
 
 
 def test_what_does_not_fit_is_said(h100: Hardware) -> None:

@@ -113,4 +113,5 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert memory.LINEAR_CHUNK_TOKENS == linear_attention.CHUNK_TOKENS
     assert memory.WINDOW_PIECE_TOKENS == fused.PIECE_TOKENS
     tiles = [choose_tiles(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]
+    assert memory.WINDOW_DISTANCES == fused.MAX_DISTANCE
     assert {memory.WINDOW_TILE_TOKENS} == {tile.key_gradient.keys for tile in tiles}

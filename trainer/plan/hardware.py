@@ -116,8 +116,11 @@ class MemoryRates(Sourced):
 class HostRates(Sourced):
     """The process that launches the kernels; it sets the pace of small models."""
 
-    operation_us: float = Field(ge=0, description="one tensor operation, its share of autograd included")
-    step_us: float = Field(ge=0, description="once a micro-batch")
+    launch_us: float = Field(ge=0, description="of one kernel, its share of Python and autograd included")
+    engine_us: float = Field(ge=0, description="once a step with an optimizer: agreement of the ranks, and the update")
+    stage2_tensor_us: float = Field(ge=0, description="ZeRO 2: of one parameter's hooks in a micro-batch")
+    stage3_tensor_us: float = Field(ge=0, description="ZeRO 3: the same")
+    message_us: float = Field(ge=0, description="of a message or collective of cp or tp, with the copies around it")
 
 
 class OffloadRates(Sourced):
@@ -158,7 +161,10 @@ class MeasuredStep(Rates):
     cp: int = Field(1, ge=1)
     tp: int = Field(1, ge=1)
     state_slices: int = Field(1, ge=1)
-    seconds: float = Field(gt=0, description="forward, backward, and the sum of all gradients; no update")
+    optimizer: Literal["none", "adamw"] = Field("none", description="adamw: a step of the engine, update included")
+    zero_stage: int = Field(0, ge=0, le=3)
+    fitted: bool = Field(False, description="rates of `host` were fitted to it: its prediction validates nothing")
+    seconds: float = Field(gt=0, description="forward, backward, sum of all gradients; the update if there is one")
 
     @property
     def gpus(self) -> int:

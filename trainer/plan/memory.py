@@ -5,6 +5,7 @@ Bytes throughout. The forms counted are the fused ones that run on a GPU; the pl
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,7 @@ CHAIN_CHUNK_BLOCKS = 64  # blocks x rows of the state path that pass through at 
 LINEAR_CHUNK_TOKENS = 64
 WINDOW_PIECE_TOKENS = 40 * 2**10  # keys whose scores' gradients are stored at a time
 WINDOW_TILE_TOKENS = 64  # keys of a tile of them
+WINDOW_DISTANCES = 128  # from here on all have one bias
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def plan_memory(setting: Setting) -> Memory:
     gradient_of = _repeated([element * count for count in counts], repeats)
     workspaces = _repeated([backward_workspace(setting, layer) for layer in config.layers], repeats)
     parameters = total_parameters(config, setting.tp)
-    accumulated = kept_gradient_bytes(setting, element * parameters) if setting.micro_batches > 1 else 0
+    # at stage 3 there is a buffer for this device's share from the start
+    keeps_gradients = setting.micro_batches > 1 or setting.zero_stage == 3
+    accumulated = kept_gradient_bytes(setting, element * parameters) if keeps_gradients else 0
     loss_kept, logits = loss_memory(setting)
     moments = [(accumulated, sum(kept) + loss_kept, logits)]
     grads: float = element * setting.local.vocab_size * config.dim  # of the tied embedding, the first that exists
@@ -83,14 +87,16 @@ def plan_memory(setting: Setting) -> Memory:
         moments.append((max(accumulated, grads), sum(kept[: index + 1]), workspaces[index]))
     gradients, activations, workspace = max(moments, key=sum)
     optimizer, update = optimizer_bytes(setting)
+    # the engine holds what came in and what goes out of every micro-batch until the step is over
+    states = 2 * setting.rows * sum(state_bytes(setting.local, layer, element) for layer in layers)
+    states += _memory_state(setting)
     memory = Memory(
         weights=weight_bytes(setting, parameters) + bucket_bytes(setting, parameters),
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
         workspace=workspace,
-        state=2 * setting.rows * sum(state_bytes(setting.local, layer, element) for layer in layers)
-        + _memory_state(setting),
+        state=setting.micro_batches * states,
         inputs=setting.tokens * (8 + 8 + FP32 + 1),
     )
     all_gradients = kept_gradient_bytes(setting, element * parameters)
@@ -231,7 +237,7 @@ def _mixer_workspace(setting: Setting, layer: object) -> float:
     width = tokens * config.num_heads * config.head_dim * element
     if isinstance(layer, FullAttentionConfig | LinearAttentionConfig):
         return 4 * width  # gradients of what was read and of the projections
-    window = 4 * width + _window_bytes(setting)
+    window = 4 * width + _window_bytes(setting, layer)
     if not isinstance(layer, BlockRecurrentConfig):
         return window
     window += width  # the gradient of what the tokens read of the state waits
@@ -241,13 +247,19 @@ def _mixer_workspace(setting: Setting, layer: object) -> float:
     return max(window, 4 * width + _scan_chunk_bytes(setting, layer))
 
 
-def _window_bytes(setting: Setting) -> float:
-    """Gradients of scores that window attention's backward stores for its second pass."""
+def _window_bytes(setting: Setting, layer: object) -> float:
+    """Gradients of scores that window attention's backward stores for its second pass, and of the bias by distance."""
     config = setting.local
     keys = _stack_tokens(setting) + setting.rows * config.window_tokens
     stored = min(keys, WINDOW_PIECE_TOKENS + config.window_tokens + 3 * WINDOW_TILE_TOKENS)
     a_key = config.num_heads * (config.window_tokens + WINDOW_TILE_TOKENS)
-    return stored * a_key * setting.element_bytes
+    scores = stored * a_key * setting.element_bytes
+    if isinstance(layer, SlidingWindowConfig) and layer.positions != "t5":
+        return scores
+    # the bias: fp32 sums by distance of every tile of keys of a row, those of the cache with them
+    pieces = (_stack_tokens(setting) / setting.rows, config.window_tokens)
+    tiles = setting.rows * sum(math.ceil(tokens / WINDOW_TILE_TOKENS) for tokens in pieces)
+    return scores + tiles * config.num_heads * WINDOW_DISTANCES * FP32
 
 
 def _scan_chunk_bytes(setting: Setting, layer: BlockRecurrentConfig) -> float:

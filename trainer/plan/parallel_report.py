@@ -19,7 +19,8 @@ ASSUMED = (
     "gradients are summed after the backward pass at stages 0 to 2, beside it at stage 3, as DeepSpeed is configured",
     "neighbours wait for each other at every halo, all ranks of a sequence where the state after a segment is shared",
     "recomputation sends a ring's blocks and tensor-parallel sums again, nothing else; what was received is kept",
-    "memory of ZeRO's buffers and of several ranks has not been compared with a measurement",
+    "memory of several ranks was compared on two GPUs alone (ZeRO 1 to 3, tp 2, cp 2)",
+    "launches of several ranks: fitted to steps of an engine on two GPUs; a small model in the trainer took twice that",
 )
 
 
@@ -122,7 +123,7 @@ def parallel_text(plan: dict[str, Any]) -> str:
     shown = {1: SHOWN, 2: 4, 3: 3}.get(len(points), 1)
     header = (
         f"{'GPUs':>5}{'dp':>5}{'cp':>4}{'tp':>4}{'ZeRO':>5}{'slices':>7}{'again':>7}{'offl.':>6}{'rows':>5}{'micro':>6}"
-        f"{'tokens/s':>14}{'step ms':>10}{'simulated':>10}{'eff.':>6}{'GiB':>7}"
+        f"{'tokens/s':>14}{'step ms':>10}{'simulated':>10}{'eff.':>6}{'GiB':>7}  bound by"
     )
     lines = ["", f"Layouts by predicted tokens/s, segments of {plan['segment_tokens']:,} tokens", header]
     notes = []
@@ -135,7 +136,7 @@ def parallel_text(plan: dict[str, Any]) -> str:
                 f"{'yes' if layout['offload_optimizer'] else 'no':>6}{layout['micro_batch_lanes']:>5}"
                 f"{layout['micro_batches']:>6}{layout['tokens_per_second']:>14,.0f}{1e3 * layout['seconds']:>10.1f}"
                 f"{f'{1e3 * simulated:.1f}' if simulated is not None else '':>10}{layout['efficiency']:>6.2f}"
-                f"{layout['memory_gib']:>7.1f}{'' if layout['fits'] else '  does not fit'}"
+                f"{layout['memory_gib']:>7.1f}  {layout['bound_by']}{'' if layout['fits'] else ', does not fit'}"
             )
             notes += [f"  {point['gpus']} GPUs: {warning}" for warning in layout["warnings"]]
     if notes:
@@ -145,10 +146,15 @@ def parallel_text(plan: dict[str, Any]) -> str:
     for step in plan["measured"]:
         lines.append(
             f"  {step['date']}, {step['gpus']} GPUs (dp {step['dp']}, cp {step['cp']}, tp {step['tp']}, slices "
-            f"{step['state_slices']}), {step['lanes']} lanes: {1e3 * step['seconds']:.0f} ms, predicted "
-            f"{1e3 * step['predicted_seconds']:.0f} ({step['predicted_over_measured'] - 1:+.1%})"
+            f"{step['state_slices']}{_engine(step)}), {step['lanes']} lanes: {1e3 * step['seconds']:.0f} ms, predicted "
+            f"{1e3 * step['predicted_seconds']:.0f} ({step['predicted_over_measured'] - 1:+.1%}"
+            f"{', fitted to it' if step['fitted'] else ''})"
         )
     return "\n".join([*lines, "", "Assumed over several GPUs:", *(f"  {line}" for line in plan["assumptions"])])
+
+
+def _engine(step: dict[str, Any]) -> str:
+    return "" if step["optimizer"] == "none" else f", {step['optimizer']} with ZeRO {step['zero_stage']}"
 
 
 def plot_problems(path: Path) -> list[Problem]:
@@ -207,7 +213,8 @@ def save_plot(plan: dict[str, Any], title: str, path: Path) -> None:
         guess = [rate / step["predicted_over_measured"] for rate, step in zip(found, measured, strict=True)]
         dates = ", ".join(sorted({f"{step['date']}, {step['device']}" for step in measured}))
         axes.plot(where, found, "*", color="#c0392b", markersize=11, label=f"measured ({dates})")
-        axes.plot(where, guess, "x", color="#8a6d3b", label="predicted for the measured layouts")
+        fitted = ", host rates fitted to some" if any(step["fitted"] for step in measured) else ""
+        axes.plot(where, guess, "x", color="#8a6d3b", label=f"predicted for the measured layouts{fitted}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     ticks = sorted({*gpus, *(step["gpus"] for step in measured)})

@@ -32,7 +32,7 @@ class Prediction:
         halo: exchange of the last W keys and values. ring: keys and values that computation does not hide.
         scan: summaries of linear layers. shared_state: the state after the segment, from the last rank to all.
         tensor: sums and gathers inside layers. zero: gradients and weights over dp x cp.
-        host: time in which the device waits for launches.
+        host: time in which the device waits for launches. engine: the host's time once a step, around the update.
         update: of the weights.
     """
 
@@ -45,6 +45,7 @@ class Prediction:
     tensor: float = 0.0
     zero: float = 0.0
     host: float = 0.0
+    engine: float = 0.0
     update: float = 0.0
 
     @property
@@ -96,6 +97,7 @@ def predict(layout: Layout, work: Work, hardware: Hardware) -> Prediction:
         **{name: times * seconds for name, seconds in waits.items()},
         zero=zero_seconds(work, layout, links),
         host=times * host,
+        engine=work.engine,
         update=work.update,
     )
 

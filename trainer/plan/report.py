@@ -61,6 +61,7 @@ def _step(step: StepTime, parameters: int, hardware: Hardware) -> dict[str, Any]
         "device_seconds": step.device * step.micro_batches,
         "host_seconds": step.host * step.micro_batches,
         "update_seconds": step.update,
+        "engine_seconds": step.engine,
         "bound_by": "device" if step.device >= step.host else "host",
         "by_part": [
             {
@@ -92,7 +93,11 @@ def assumptions(setting: Setting, hardware: Hardware, memory: Memory, step: Step
     if setting.offload_optimizer:
         lines.append(f"the optimizer's state is in the host's memory; {hardware.offload.source}")
     if step.host > step.device:
-        lines.append("launching kernels takes longer than running them: a larger micro-batch is free")
+        lines.append(
+            f"launching kernels takes longer ({1e3 * step.host:.0f} ms a micro-batch) than running them "
+            f"({1e3 * step.device:.0f} ms): a larger micro-batch is free, or a longer segment, up to "
+            f"{step.host / step.device:.1f} times the tokens"
+        )
     if memory.total / GIB > hardware.memory_gib:
         lines.append("does not fit: lower the micro-batch, or set training.activation_checkpointing to layer")
     lines += [f"rate not measured yet: {text}" for text in hardware.estimated()]
@@ -127,4 +132,8 @@ def text(plan: dict[str, Any]) -> str:
         lines.append(f"  {part['part']:<38}{forward:>7.1f} ms{backward:>7.1f} ms{counts}")
     if step["update_seconds"]:
         lines.append(f"  {'update':<38}{1e3 * step['update_seconds']:>7.1f} ms")
+    if step["engine_seconds"]:
+        lines.append(f"  {'around the update, on the host':<38}{1e3 * step['engine_seconds']:>7.1f} ms")
+    if step["bound_by"] == "host":
+        lines.append(f"  {'launches, which the device waits for':<38}{1e3 * step['host_seconds']:>7.1f} ms")
     return "\n".join([*lines, "", "Assumed:", *(f"  {line}" for line in plan["assumptions"])])

@@ -48,6 +48,16 @@ class Candidate:
     memory_gib: float
     fits: bool
 
+    @property
+    def waiting(self) -> float:
+        """Share of the step in which the device waits for launches; 0 where the device is the slower."""
+        return self.prediction.host / self.prediction.seconds
+
+    @property
+    def bound_by(self) -> str:
+        """Who sets the pace: the device, its waits for other ranks with it, or the host that launches."""
+        return "host" if self.prediction.host > 0 else "device"
+
 
 class Planner:
     """Predictions of one job's layouts on one kind of hardware."""
@@ -62,7 +72,7 @@ class Planner:
         """What is predicted of one layout."""
         prediction = predict(layout, self.workshop.work(layout), self.hardware)
         local = layout.local(self.job)
-        memory = self._memory(dataclasses.replace(local, micro_batches=min(2, local.micro_batches)))
+        memory = self._memory(local)
         rate = self.job.tokens / prediction.seconds
         return Candidate(layout, prediction, rate, memory, memory <= self.hardware.memory_gib)
 
@@ -107,6 +117,7 @@ def describe(planner: Planner, candidate: Candidate, simulated: bool) -> dict[st
         "efficiency": efficiency,
         "memory_gib": candidate.memory_gib,
         "fits": candidate.fits,
+        "bound_by": candidate.bound_by,
         "seconds_by_cause": vars(candidate.prediction),
         "warnings": warnings(planner, candidate, efficiency) if simulated else [],
     }
@@ -120,6 +131,8 @@ def warnings(planner: Planner, candidate: Candidate, efficiency: float) -> list[
             f"does not fit: {candidate.memory_gib:.1f} GiB of {planner.hardware.memory_gib:.1f}. "
             "Use more GPUs, shorter segments or a smaller model."
         )
+    if candidate.waiting > WORTH_SAYING:
+        lines.append(_launch_warning(planner, candidate))
     if efficiency >= LEAST_EFFICIENCY:
         return lines
     lost = {name: getattr(candidate.prediction, name) for name in CAUSES}
@@ -141,15 +154,45 @@ def warnings(planner: Planner, candidate: Candidate, efficiency: float) -> list[
     return [*lines, f"efficiency {efficiency:.2f} is under {LEAST_EFFICIENCY}: {causes}. {remedy}"]
 
 
+def _launch_warning(planner: Planner, candidate: Candidate) -> str:
+    """That launches bound a step, and the least change each of lanes, segment and micro-batch that ends it."""
+    layout, job = candidate.layout, planner.job
+    found = {}
+    for factor in (16, 8, 4, 2):  # the smallest that serves stays
+        rows, segment = layout.micro_batch_lanes * factor, job.setting.segment_tokens * factor
+        wider = dataclasses.replace(layout, micro_batch_lanes=rows)
+        longer, more = (Planner(_job(job, *by), planner.hardware) for by in ((factor, 1), (1, factor)))
+        options = [
+            (f"micro_batch_lanes = {rows} of {more.job.lanes} lanes", more, wider),
+            (f"segment_tokens = {segment}", longer, layout),
+        ]
+        if layout.micro_batches % factor == 0:
+            fewer = dataclasses.replace(wider, micro_batches=layout.micro_batches // factor)
+            options.append((f"micro_batch_lanes = {rows} of the same lanes", planner, fewer))
+        for place, (text, other_planner, other) in enumerate(options):
+            changed = other_planner.candidate(other)
+            if changed.fits and changed.waiting <= WORTH_SAYING:
+                found[place] = f"{text} (x{changed.tokens_per_second / candidate.tokens_per_second:.2f} tokens/s)"
+    served = ", or ".join(found[place] for place in sorted(found, reverse=True))
+    remedy = f": {served}." if served else ", fewer ranks of cp and tp, or a lower ZeRO stage."
+    share = f"the GPU waits {100 * candidate.waiting:.0f}% of the step for launches"
+    return f"bound by the host: {share}. Take larger micro-batches or longer segments{remedy}"
+
+
+def _job(job: Job, longer: int, more: int) -> Job:
+    """The same with segments `longer` times as long and `more` times as many lanes."""
+    return Job(_segment(job.setting, longer), job.lanes * more, job.state_grad)
+
+
 def _changes(planner: Planner, candidate: Candidate) -> list[tuple[str, float, bool]]:
     """What could be changed, the efficiency that is predicted then, and whether job and GPUs stay; only what fits."""
     layout, job = candidate.layout, planner.job
     found = [(text, planner, other) for text, other in _other_layouts(job, layout)]
     for factor in (2, 4, 8):
-        longer = Job(_segment(job.setting, factor), job.lanes, job.state_grad)
+        longer = _job(job, factor, 1)
         text = f"segment_tokens = {longer.setting.segment_tokens}"
         found.append((text, Planner(longer, planner.hardware), layout))
-        more = Planner(Job(job.setting, job.lanes * factor, job.state_grad), planner.hardware)
+        more = Planner(_job(job, 1, factor), planner.hardware)
         slices = layout.state_slices * factor if layout.cp > 1 and job.has_chain else 1
         rows = layout.micro_batch_lanes * factor
         wider = dataclasses.replace(layout, micro_batch_lanes=rows, state_slices=slices)
@@ -196,12 +239,18 @@ def _segment(setting: Setting, factor: int) -> Setting:
 
 def predicted_of(measured: MeasuredStep, setting: Setting, hardware: Hardware) -> Candidate:
     """The prediction of a step that was measured, in the layout in which it ran."""
-    plain = dataclasses.replace(setting, segment_tokens=measured.segment_tokens, optimizer="none", zero_stage=0)
-    rows = measured.lanes // measured.dp
-    layout = Layout(
-        measured.dp, measured.cp, measured.tp, 0, measured.state_slices, measured.activation_checkpointing, rows, 1
+    stage, rows = measured.zero_stage, measured.lanes // measured.dp
+    plain = dataclasses.replace(
+        setting,
+        segment_tokens=measured.segment_tokens,
+        rows=rows,
+        precision="bf16",
+        optimizer=measured.optimizer,
+        zero_stage=stage,
     )
-    return Planner(Job(dataclasses.replace(plain, rows=rows), measured.lanes), hardware).candidate(layout)
+    policy = measured.activation_checkpointing
+    layout = Layout(measured.dp, measured.cp, measured.tp, stage, measured.state_slices, policy, rows, 1)
+    return Planner(Job(plain, measured.lanes), hardware).candidate(layout)
 
 
 def comparable(setting: Setting, hardware: Hardware) -> list[MeasuredStep]:

@@ -61,7 +61,7 @@ class _Schedule:
             self._pass("backward")
             self._host(begin)
             self._sum_gradients(last=micro_batch == self.micro_batches - 1)
-        self._compute(self.work.update)
+        self._compute(self.work.engine + self.work.update)
         return self.sim.run()
 
     def _stage_three(self) -> _Layerwise | None:

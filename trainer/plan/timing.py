@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from longspan.modeling.config import BlockRecurrentConfig
 from longspan.modeling.flops import Operation, layer_operations, stack_tokens_per_token, train_flops_per_token
 from longspan.trainer.plan.hardware import Hardware
+from longspan.trainer.plan.host import engine_seconds, host_seconds
 from longspan.trainer.plan.memory import keeps_reads
 from longspan.trainer.plan.parameters import total_parameters
 from longspan.trainer.plan.setting import Setting
@@ -27,8 +28,6 @@ AGAIN = {
 # kernels of a layer beside its matrix products
 KERNELS_FORWARD = 8
 KERNELS_BACKWARD = 12
-# tensor operations that the host launches, counted per layer, forward and backward
-HOST_OPERATIONS = 60
 PARAMETER_BYTES_PER_UPDATE = 40  # gradients, masters, moments and weights, read and written
 
 
@@ -58,6 +57,7 @@ class StepTime:
         parts: of one micro-batch by name.
         host: seconds that launching one micro-batch takes; the step lasts no shorter.
         update: seconds of the optimizer.
+        engine: seconds of the host around the update, once a step, in which the device waits.
         micro_batches: of the step.
         tokens: of the step.
         model_flops: of the step, counted once, without recomputation.
@@ -69,6 +69,7 @@ class StepTime:
     parts: dict[str, Part] = field(default_factory=dict)
     host: float = 0.0
     update: float = 0.0
+    engine: float = 0.0
 
     def part(self, name: str) -> Part:
         """The part of this name, made on first use."""
@@ -89,7 +90,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.micro_batches * max(self.device, self.host) + self.update
+        return self.micro_batches * max(self.device, self.host) + self.update + self.engine
 
 
 def plan_step(setting: Setting, hardware: Hardware) -> StepTime:
@@ -106,15 +107,10 @@ def plan_step(setting: Setting, hardware: Hardware) -> StepTime:
         for _ in range(layer.repeat):
             step.add(once)
     step.add(ends_time(setting, hardware))
-    step.host = host_seconds(setting, hardware)
+    step.host = host_seconds(setting, hardware.host, stack_calls(setting))
+    step.engine = engine_seconds(setting, hardware.host)
     step.update = update_seconds(setting, hardware, total_parameters(config, setting.tp))
     return step
-
-
-def host_seconds(setting: Setting, hardware: Hardware) -> float:
-    """Time in which the host launches one micro-batch."""
-    operations = HOST_OPERATIONS * len(setting.model.expanded_layers()) * _calls(setting)
-    return operations * hardware.host.operation_us * 1e-6 + hardware.host.step_us * 1e-6
 
 
 def update_seconds(setting: Setting, hardware: Hardware, parameters: int) -> float:
@@ -133,7 +129,7 @@ def update_seconds(setting: Setting, hardware: Hardware, parameters: int) -> flo
 def layer_time(setting: Setting, hardware: Hardware, layer: object) -> StepTime:
     """The parts of one layer and micro-batch, recomputation included; neither host nor update."""
     step = StepTime(1, setting.tokens, 0.0)
-    _layer(step, setting, hardware, layer, _calls(setting))
+    _layer(step, setting, hardware, layer, stack_calls(setting))
     if setting.checkpointing != "none":
         _recompute(step, AGAIN[setting.checkpointing])
     return step
@@ -146,7 +142,7 @@ def ends_time(setting: Setting, hardware: Hardware) -> StepTime:
     return step
 
 
-def _calls(setting: Setting) -> float:
+def stack_calls(setting: Setting) -> float:
     """How often the stack runs for one segment."""
     config = setting.model
     return setting.segment_tokens / config.window_tokens if config.memory is not None or config.feedback else 1.0

@@ -11,10 +11,11 @@ from functools import cached_property, lru_cache
 
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
 from longspan.trainer.plan.hardware import Hardware
+from longspan.trainer.plan.host import engine_seconds, host_seconds, message_calls
 from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.parameters import total_parameters
 from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.timing import StepTime, ends_time, host_seconds, layer_time, update_seconds
+from longspan.trainer.plan.timing import StepTime, ends_time, layer_time, stack_calls, update_seconds
 from longspan.trainer.plan.traffic import (
     LayerMessages,
     ends_sums,
@@ -31,6 +32,7 @@ CHAIN = frozenset({"state read", "state chain", "state reads again"})
 # On another stream at the same time, except where tensor-parallel ranks divide heads: there it is part of the chain.
 BESIDE = "window attention"
 RING = frozenset({"full attention"})
+TENSOR_ENDS = 4  # sums over tensor-parallel ranks of embedding (one) and loss (two, and one of its gradient)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Work:
         ends_sums: bytes summed over tensor-parallel ranks: embedding, loss forward, loss backward.
         shared_state: bytes that the last rank of a sequence sends to the others after a segment, and in how many calls.
         host: seconds that launching one micro-batch takes.
+        engine: seconds of the host once a step, in which the device waits.
         update: seconds of the optimizer.
         collectives: of ZeRO, over dp x cp, of the whole step.
         slices: parts in which a state is handed on.
@@ -99,6 +102,7 @@ class Work:
     ends_sums: tuple[float, float, float]
     shared_state: tuple[float, int]
     host: float
+    engine: float
     update: float
     collectives: tuple[Collective, ...]
     slices: int
@@ -131,13 +135,22 @@ class Workshop:
         layers, ends = self._layers(layout)
         parameters = self._parameters(layout.tp)
         shards = layout.dp * layout.cp
+        truncate = self.job.state_grad == "truncate"
+        tensors = _tensors(model) if layout.cp > 1 else 0
+        messages = message_calls(
+            [(layer.messages, layer.sums_again) for layer in layers],
+            layout.state_slices,
+            truncate,
+            tensors + (TENSOR_ENDS if layout.tp > 1 else 0),
+        )
         return Work(
             layers=layers,
             ends_forward=_sum(ends, "forward"),
             ends_backward=_sum(ends, "backward"),
             ends_sums=ends_sums(local) if layout.tp > 1 else (0.0, 0.0, 0.0),
-            shared_state=(whole_state_bytes(local), _tensors(model)) if layout.cp > 1 else (0.0, 0),
-            host=host_seconds(local, self.hardware),
+            shared_state=(whole_state_bytes(local), tensors) if layout.cp > 1 else (0.0, 0),
+            host=host_seconds(local, self.hardware.host, stack_calls(local), messages),
+            engine=engine_seconds(local, self.hardware.host),
             update=update_seconds(local, self.hardware, parameters),
             collectives=tuple(
                 traffic(
@@ -153,7 +166,7 @@ class Workshop:
             else (),
             slices=layout.state_slices,
             micro_batches=layout.micro_batches,
-            truncate=self.job.state_grad == "truncate",
+            truncate=truncate,
         )
 
     def _layers(self, layout: Layout) -> tuple[tuple[LayerWork, ...], StepTime]:

@@ -75,5 +75,6 @@ def kept_gradient_bytes(setting: Setting, whole: float) -> float:
 
 
 def bucket_bytes(setting: Setting, parameters: int) -> float:
-    """The buffer in which gradients are summed over the ranks."""
-    return float(setting.element_bytes * min(parameters, BUCKET_ELEMENTS)) if setting.shards > 1 else 0.0
+    """The buffer in which gradients are summed over the ranks; from stage 1 on one rank fills it too."""
+    fills = setting.shards > 1 or (setting.zero_stage > 0 and setting.optimizer != "none")
+    return float(setting.element_bytes * min(parameters, BUCKET_ELEMENTS)) if fills else 0.0
