@@ -10,7 +10,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml
-	@echo "longspan: creating $(VENV) and installing the dependencies (about two minutes, 3.3 GB; once)"
+	@echo "longspan: creating $(VENV) and installing the dependencies (some minutes, 3.3 GB; once)"
 	@command -v $(PYTHON) >/dev/null || { echo "longspan: $(PYTHON) not found; pass PYTHON=/path/to/python3.11 (or 3.12)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools

@@ -328,7 +328,7 @@ def _plan(commands: Subparsers) -> None:
         default=[],
         metavar="AXIS=VALUE,...",
         help="with --gpus: leave out other layouts; axes dp, cp, tp, zero_stage, state_slices, "
-        "activation_checkpointing, micro_batch_lanes",
+        "activation_checkpointing, micro_batch_lanes, offload_optimizer",
     )
     plan.add_argument("--plot", metavar="FILE", help="with --gpus: tokens/s over GPUs as a PNG")
 

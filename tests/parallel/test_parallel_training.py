@@ -46,7 +46,7 @@ def one_rank(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_two_ranks_of_one_sequence_train_as_one(shards: Path, one_rank: Path, tmp_path: Path, stage: int) -> None:
     settings = {"parallel__cp": 2, "parallel__zero_stage": stage, "parallel__state_slices": 2}
     run_ranks(train_here, 2, str(shards), str(tmp_path / "run"), settings, False)

@@ -273,6 +273,7 @@ def test_metrics_of_a_dead_server_reach_a_live_store_once(command: Callable[...,
     code, error, _ = command(*base, "tracking.uri=http://127.0.0.1:9")
     assert code == 0
     assert error.count("cannot reach the tracking store http://127.0.0.1:9") == 1
+    MlflowStore(f"sqlite:///{database}", "tests", None)  # making the tables may take longer than a short run waits
     code, _, _ = command(*base, f"tracking.uri=sqlite:///{database}", "--resume")
     assert code == 0
     with sqlite3.connect(database) as store:
