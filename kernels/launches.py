@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ import triton
 def blocks_of(size: int, block: int) -> int:
     """ceil(size / block). Triton's own function looks for values of kernels in its arguments, for some microseconds."""
     return -(-size // block)
+
+
+@cache  # asked in every layer; the driver takes microseconds
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the CPU, where programs are interpreted one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 class RepeatedLaunch:

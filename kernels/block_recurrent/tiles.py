@@ -15,16 +15,18 @@ class Tiles:
     stages: int
 
 
-# With heads of 128 TOKENS spills a few registers, and WIDE more: four bytes a value, three products for one.
+# With heads of 128 TOKENS spills a few registers, READ_KEYS two, outside its loop, and WIDE more: four bytes a value,
+# three products for one.
 ATTENTION = Tiles(64, 32, 4, 3)  # queries (or keys) of a program, keys (or queries) of its loop
 ATTENTION_WIDE = Tiles(32, 32, 4, 2)
 TOKENS = Tiles(32, 64, 4, 3)  # states (queries), tokens (keys)
 PRODUCT = Tiles(64, 64, 4, 4)  # rows, summed dimension
 PRODUCT_LARGE = Tiles(128, 64, 8, 3)
 PRODUCT_WIDE = Tiles(64, 32, 8, 3)
-READ = Tiles(64, 64, 4, 3)  # tokens (queries), states (keys)
-READ_QUERIES = Tiles(64, 64, 4, 2)
-READ_KEYS = Tiles(32, 64, 4, 3)
+READ = Tiles(64, 32, 4, 3)  # tokens (queries), states (keys)
+READ_QUERIES = Tiles(64, 32, 4, 3)
+READ_KEYS = Tiles(64, 64, 4, 2)
+READ_KEYS_POINTERS = Tiles(32, 64, 4, 3)  # addresses take registers, and the larger tile would spill
 TOKEN_WIDE = Tiles(32, 32, 4, 2)
 LARGE_ROWS = 2048  # rows times state vectors from which a large tile still fills the device
 

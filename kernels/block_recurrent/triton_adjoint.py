@@ -88,7 +88,7 @@ def _key_role(
     dk = load_rows(dkeys, row, grad_s, S, DH, EVEN).to(tl.float32)
     dv = load_rows(dvalues, row, grad_s, S, DH, EVEN).to(tl.float32)
     dk, dv = key_gradient(
-        dk, dv, k, v, proj + 2 * H * DH, dout, lse, lse, delta, 4 * H * DH, 2 * H * DH, S, BM, DH, False, EVEN,
+        dk, dv, k, v, proj + 2 * H * DH, dout, lse, delta, 4 * H * DH, 2 * H * DH, S, BM, DH, EVEN,
     )  # fmt: skip
     dk = norm_gradient(dk, k, tl.load(inv + row * (3 * H), mask=row < S, other=0.0))
     place = row[:, None] * (4 * H * DH) + tl.arange(0, DH)[None, :]
@@ -263,8 +263,8 @@ def token_gradient_kernel(
         at = reader.to(tl.int64)
         small = at * 2 * H * S
         dk, dv = key_gradient(
-            dk, dv, k, v, proj + at * S * (4 * H * DH), dread + at * S * (2 * H * DH), lse, lse + small, delta + small,
-            4 * H * DH, 2 * H * DH, length, BM, DH, False, EVEN,
+            dk, dv, k, v, proj + at * S * (4 * H * DH), dread + at * S * (2 * H * DH), lse + small, delta + small,
+            4 * H * DH, 2 * H * DH, length, BM, DH, EVEN,
         )  # fmt: skip
     if RAW:
         if first + window > 0:
@@ -290,17 +290,19 @@ def token_gradient_kernel(
         tl.store(dvalues + out, dv.to(dvalues.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "count", "m", "length", "B", "n"])
+@triton.jit(do_not_specialize=["first", "count", "m", "length", "group", "B", "n"])
 def sums_kernel(
     entering, final, norm, ids, du, gate, rows, u, ids_part, norm_part, gate_part,
-    first, count, m, length, rows_b, B, S, D, n, GATE: tl.constexpr, BD: tl.constexpr,
+    first, count, m, length, group, rows_b, B, S, D, n, GATE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One state vector over `length` of the m blocks of a chunk: u for the product; sums for ids, norm, fixed gate.
+    """One state vector in `group` rows over `length` of the m blocks of a chunk: u for the product; sums for ids, norm,
+    fixed gate.
 
-    u: [m, B, S, D]; ids_part, norm_part, gate_part: fp32 [parts, B, S, D]. With GATE, rows [B, count, S, D] is the
-    gradient of what the fixed gate writes: c' = c g + z (1-g) gives db = rows (c - c') g / (1-g).
+    u: [m, B, S, D]; ids_part, norm_part, gate_part: fp32 [parts of the rows * parts of the blocks, S, D]. With GATE,
+    rows [B, count, S, D] is the gradient of what the fixed gate writes: c' = c g + z (1-g) gives
+    db = rows (c - c') g / (1-g). All loads of a step stand before its sum over D, where threads wait for one another.
     """
-    batch, state = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
+    state, part = tl.program_id(0) % S, tl.program_id(0) // S
     column = tl.arange(0, BD)
     inside = column < D
     scale = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
@@ -308,25 +310,28 @@ def sums_kernel(
     dids = tl.zeros([BD], tl.float32)
     dnorm = tl.zeros([BD], tl.float32)
     dgate = tl.zeros([BD], tl.float32)
-    base = entering + (batch * n * S + state) * D + column
     begin = tl.program_id(1) * length
-    c = tl.load(base + (first + begin).to(tl.int64) * S * D, mask=inside, other=0.0)
-    for slot in range(begin, tl.minimum(begin + length, m)):
-        at = ((slot * B + batch) * S + state) * D + column
-        unit = c * tl.rsqrt(tl.sum(c * c, axis=0) / D + 1e-6)
-        tl.store(u + at, (unit * scale + identity).to(u.dtype.element_ty), mask=inside)
-        grad = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
-        dids += grad
-        dnorm += grad * unit
-        if first + slot + 1 < n:
-            after = tl.load(base + (first + slot + 1).to(tl.int64) * S * D, mask=inside, other=0.0)
-        else:
-            after = tl.load(final + (batch * S + state) * D + column, mask=inside, other=0.0)
-        if GATE and slot < count:
-            dz = tl.load(rows + batch * rows_b + (slot * S + state) * D + column, mask=inside, other=0.0)
-            dgate += dz.to(tl.float32) * (c - after)
-        c = after
-    place = ((tl.program_id(1) * B + batch) * S + state) * D + column
+    end = tl.minimum(begin + length, m)
+    for batch in range(part * group, tl.minimum(part * group + group, B)):
+        b = tl.cast(batch, tl.int64)
+        c = tl.load(entering + ((b * n + first + begin) * S + state) * D + column, mask=inside, other=0.0)
+        for slot in range(begin, end):
+            at = ((slot * B + b) * S + state) * D + column
+            grad = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
+            following = first + slot + 1
+            from_next = entering + ((b * n + following) * S + state) * D
+            after = tl.where(following < n, from_next, final + (b * S + state) * D)
+            after = tl.load(after + column, mask=inside, other=0.0)
+            if GATE:
+                written = tl.minimum(tl.maximum(count - slot, 0), 1) * D
+                dz = tl.load(rows + b * rows_b + (slot * S + state) * D + column, mask=column < written, other=0.0)
+                dgate += dz.to(tl.float32) * (c - after)
+            unit = c * tl.rsqrt(tl.sum(c * c, axis=0) / D + 1e-6)
+            tl.store(u + at, (unit * scale + identity).to(u.dtype.element_ty), mask=inside)
+            dids += grad
+            dnorm += grad * unit
+            c = after
+    place = ((part * tl.num_programs(1) + tl.program_id(1)) * S + state) * D + column
     tl.store(ids_part + place, dids, mask=inside)
     tl.store(norm_part + place, dnorm, mask=inside)
     if GATE:

@@ -277,7 +277,8 @@ def write_kernel(
 ):  # fmt: skip
     """BM x BN of the state after block i: z = read @ output^T, gated; then the state that enters block i + 1.
 
-    B rows: grid (S/BM * D/BN * B).
+    B rows: grid (S/BM * D/BN * B). PARTS, of a row in sumsq, is D/BN, or with the fixed gate twice as many: the tile is
+    then stored half by half.
     """
     pid = tl.program_id(0)
     TILES_M: tl.constexpr = S // BM
@@ -285,11 +286,13 @@ def write_kernel(
     K: tl.constexpr = 2 * H * DH
     b, tile_m, tile_n = pid // (TILES_M * TILES_N), pid % TILES_M, pid // TILES_M % TILES_N
     rows = tile_m * BM + tl.arange(0, BM)
-    columns = tile_n * BN + tl.arange(0, BN)
     source = _slot_row(b, i, read_slots, tile_m * BM, S)
-    before = tl.load(entering + ((b * n + i) * S + rows).to(tl.int64)[:, None] * D + columns[None, :])
-    bias = tl.load(gate + columns)[None, :]
     z = tl.zeros([BM, BN], tl.float32)
+    HALVES: tl.constexpr = PARTS * BN != D
+    if not HALVES:
+        columns = tile_n * BN + tl.arange(0, BN)
+        before = tl.load(entering + ((b * n + i) * S + rows).to(tl.int64)[:, None] * D + columns[None, :])
+        bias = tl.load(gate + columns)[None, :]
     if LSTM:
         admit = tl.load(gate + D + columns)[None, :]
         forget = tl.zeros([BM, BN], tl.float32)
@@ -304,16 +307,53 @@ def write_kernel(
             write = tl.dot(r, w, write, input_precision=PRECISION)
     if TANH:
         z = 2.0 * tl.sigmoid(2.0 * z) - 1.0
-    if LSTM:
-        after = before * tl.sigmoid(forget + bias + 1.0) + z * tl.sigmoid(write + admit - 1.0)
-    else:
-        keep = tl.sigmoid(bias)
-        after = before * keep + z * (1.0 - keep)
+    if not HALVES:
+        if LSTM:
+            after = before * tl.sigmoid(forget + bias + 1.0) + z * tl.sigmoid(write + admit - 1.0)
+        else:
+            keep = tl.sigmoid(bias)
+            after = before * keep + z * (1.0 - keep)
+        _store_after(
+            after, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, tile_n, S, D, PARTS, BN
+        )  # fmt: skip
+    else:  # half by half, in few registers
+        left, right = z.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+        _mix(
+            left, gate, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, tile_n * 2,
+            S, D, PARTS, BN // 2,
+        )  # fmt: skip
+        _mix(
+            right, gate, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, tile_n * 2 + 1,
+            S, D, PARTS, BN // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mix(
+    z, gate, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, part,
+    S: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What is written, through the fixed gate: columns of `part`. The state is loaded only now: other programs of the
+    multiprocessor work meanwhile."""
+    columns = part * BN + tl.arange(0, BN)
+    keep = tl.sigmoid(tl.load(gate + columns)[None, :])
+    before = tl.load(entering + ((b * n + i) * S + rows).to(tl.int64)[:, None] * D + columns[None, :])
+    after = before * keep + z * (1.0 - keep)
+    _store_after(
+        after, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, part, S, D, PARTS, BN
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_after(
+    after, initial, gamma, reset, entering, final, cg, sumsq, b, i, n, c_slots, rows, part,
+    S: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The state after block i, columns of `part`: as what enters the next block, if there is one."""
+    columns = part * BN + tl.arange(0, BN)
     if i + 1 < n:
         if tl.load(reset + b * n + i + 1) != 0:
             after = tl.load(initial + rows[:, None] * D + columns[None, :])
-        _store_entering(
-            after, entering, cg, sumsq, gamma, b, i + 1, n, c_slots, rows, columns, tile_n, S, D, PARTS
-        )  # fmt: skip
+        _store_entering(after, entering, cg, sumsq, gamma, b, i + 1, n, c_slots, rows, columns, part, S, D, PARTS)
     else:
         tl.store(final + (b * S + rows).to(tl.int64)[:, None] * D + columns[None, :], after)

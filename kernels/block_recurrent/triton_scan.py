@@ -48,7 +48,9 @@ from longspan.kernels.block_recurrent.triton_adjoint import (
 )
 from longspan.kernels.launches import blocks_of
 
-SUM_PARTS = 8  # programs times rows among which the blocks of a chunk are divided to form sums
+# Programs that share the rows and blocks of a chunk to form the sums of one state vector: with 8 x 4096 tokens on an
+# H100 it takes 156 us, and 197 if every row has its own.
+SUM_PARTS = 4
 
 
 def attention_tiles(states: int, wide: bool) -> Tiles:
@@ -274,19 +276,23 @@ def _add_sums(launches: _Launches, grads: Gradients) -> None:
     """Gradients of ids, norm, fixed gate and the stacked projections."""
     chunk, weights = launches.chunk, launches.chunk.weights
     u = torch.empty_like(launches.du)
-    length = max(1, -(-launches.slots * launches.rows // SUM_PARTS))
-    parts = -(-launches.slots // length)
-    ids, norm, gate = (torch.empty(parts, *launches.carry.shape, device=u.device) for _ in range(3))
+    group = blocks_of(launches.rows, SUM_PARTS)
+    row_parts = blocks_of(launches.rows, group)
+    length = blocks_of(launches.slots, max(1, SUM_PARTS // row_parts))
+    parts = blocks_of(launches.slots, length)
     has_gate = launches.kernel_gate == 1 and chunk.count > 0
-    sums_kernel[(launches.rows * launches.states, parts)](
+    sums = torch.empty(2 + has_gate, row_parts * parts, *launches.carry.shape[1:], device=u.device)
+    sums_kernel[(row_parts * launches.states, parts)](
         chunk.entering, chunk.final, weights.norm, weights.ids, launches.du, launches.gate, launches.before_read,
-        u, ids, norm, gate, chunk.first, chunk.count, launches.slots, length, launches.before_read.stride(0),
-        launches.rows, launches.states, launches.dim, launches.blocks, has_gate, launches.columns,
+        u, sums[0], sums[1], sums[-1], chunk.first, chunk.count, launches.slots, length, group,
+        launches.before_read.stride(0), launches.rows, launches.states, launches.dim, launches.blocks, has_gate,
+        launches.columns,
     )  # fmt: skip
-    grads.add("ids", ids.sum((0, 1)))
-    grads.add("norm", norm.sum((0, 1, 2)))
+    grads.add("ids", sums[0].sum(0))
+    small = sums[1:].sum((1, 2))
+    grads.add("norm", small[0])
     if has_gate:
-        grads.add("gate_bias", gate.sum((0, 1, 2)))
+        grads.add("gate_bias", small[1])
     grads.add("stacked", product(launches.dproj.flatten(-3), u))
 
 

@@ -59,7 +59,6 @@ def key_gradient(
     v,
     queries,
     douts,
-    factors,
     lses,
     deltas,
     query_stride,
@@ -67,17 +66,15 @@ def key_gradient(
     end,
     BM: tl.constexpr,
     DH: tl.constexpr,
-    FACTORS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Add what queries 0..end-1 give to dkey (in front of ln 2) and dvalue, fp32 [BN, DH]; the transposed product.
+    """Add what queries 0..end-1 give to dkey and dvalue, fp32 [BN, DH]; the transposed product.
 
     Args:
         dkey, dvalue: sums so far.
         k, v: [BN, DH].
         queries, douts: pointers to row 0; strides in elements.
-        factors, lses, deltas: pointers, dense fp32; the factor (with log2(e)) multiplies logits. Without FACTORS it
-            is log2(e) itself, and dkey needs no ln 2 afterwards.
+        lses, deltas: pointers, dense fp32.
         EVEN: the range is a multiple of BM.
     """
     for at in range(0, end, BM):
@@ -90,20 +87,10 @@ def key_gradient(
         else:
             lse = tl.load(lses + row, mask=inside, other=float("inf"))
             delta = tl.load(deltas + row, mask=inside, other=0.0)
-        logits = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-        if FACTORS:
-            if EVEN:  # noqa: SIM108 - a constant condition must be a statement
-                factor = tl.load(factors + row)
-            else:
-                factor = tl.load(factors + row, mask=inside, other=0.0)
-            logits = logits * factor[None, :]
-        else:
-            logits = logits * 1.4426950408889634
+        logits = tl.dot(k, tl.trans(q), input_precision="tf32x3") * 1.4426950408889634
         probability = tl.exp2(logits - lse[None, :])
         dvalue = tl.dot(probability.to(dout.dtype), dout, dvalue, input_precision="tf32x3")
         dlogits = probability * (tl.dot(v, tl.trans(dout), input_precision="tf32x3") - delta[None, :])
-        if FACTORS:
-            dlogits = dlogits * factor[None, :]
         dkey = tl.dot(dlogits.to(q.dtype), q, dkey, input_precision="tf32x3")
     return dkey, dvalue
 

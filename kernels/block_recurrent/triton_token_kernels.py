@@ -1,7 +1,12 @@
 """Triton kernels of the tokens' side: normalised keys with the cache in front, and the read of the states.
 
 Letters: B rows, T tokens, W window, n blocks, S state vectors, H heads, DH width of a head. EVEN: tiles divide S and W,
-and W divides T. Tensors of tokens have strides (b, t, DH, 1) if a kernel takes these two.
+and W divides T. Tensors of tokens have strides (b, t, DH, 1) if a kernel takes these two; heads of states are dense.
+TMA, which needs EVEN: what a loop reads comes as descriptors, heads joined, and the copy engine fetches the tiles, keys
+and values in pieces of [1, 1, BN, DH], queries and the gradient of the read in pieces of [1, BM, DH].
+
+Loops go to the maximum of their end and 1: if they could be empty, as the compiler sees it, it would wait after each
+matrix instruction.
 """
 
 # mypy: ignore-errors
@@ -10,10 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.kernels.block_recurrent.triton_tiles import key_gradient, load_rows, query_gradient
+from longspan.kernels.block_recurrent.triton_tiles import load_rows
 
 # Logits are bounded, since queries and keys have norm 1: up to this spread in base 2 the softmax needs no maximum.
 SPREAD = tl.constexpr(100.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
@@ -49,50 +56,79 @@ def token_keys_kernel(
 
 
 @triton.jit
-def _read_logits(q, factor, keys, row, key_s, S, DH: tl.constexpr, EVEN: tl.constexpr):
-    """Logits in base 2 of a tile of queries and the keys `row`; hidden from S on."""
-    k = load_rows(keys, row, key_s, S, DH, EVEN)
+def _states(
+    of, row, block, head, at, key_b, key_n, key_s, S,
+    BN: tl.constexpr, DH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[BN, DH] of one block and head of [B, n, S, H, DH], from state vector `at` on; zeros from S on."""
+    if TMA:
+        piece = of.load([row, block, at, head * DH]).reshape(BN, DH)
+    else:
+        start = row.to(tl.int64) * key_b + block.to(tl.int64) * key_n + head * DH
+        piece = load_rows(of + start, at + tl.arange(0, BN), key_s, S, DH, EVEN)
+    return piece
+
+
+@triton.jit
+def _tokens(
+    of, row, first, head, at, stride_b, stride_t, length,
+    BM: tl.constexpr, DH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[BM, DH] of one head of [B, T, H, DH], from place `at` of the block that begins with token `first` on; zeros from
+    place `length` on."""
+    if TMA:
+        piece = of.load([row, first + at, head * DH]).reshape(BM, DH)
+    else:
+        start = row.to(tl.int64) * stride_b + tl.cast(first, tl.int64) * stride_t + head * DH
+        piece = load_rows(of + start, at + tl.arange(0, BM), stride_t, length, DH, EVEN)
+    return piece
+
+
+@triton.jit
+def _read_logits(q, factor, k, at, S, BN: tl.constexpr, EVEN: tl.constexpr):
+    """Logits in base 2 of a tile of queries and the keys from `at` on; hidden from S on."""
     logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor[:, None]
     if not EVEN:
-        logits = tl.where(row[None, :] < S, logits, float("-inf"))
+        logits = tl.where((at + tl.arange(0, BN))[None, :] < S, logits, float("-inf"))
     return logits
 
 
 @triton.jit(do_not_specialize=["T", "lse_b", "lse_h"])
 def read_states_kernel(
     queries, scale, keys, values, out, lses, T, W, S,
-    query_b, query_t, key_b, key_n, key_s, key_h, out_b, out_t, lse_b: tl.int64, lse_h: tl.int64,
-    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    query_b, query_t, key_b, key_n, key_s, out_b, out_t, lse_b: tl.int64, lse_h: tl.int64,
+    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(l2norm(q) |s| . k) v for one tile of tokens of one block and head; lses [B, H, T]: base 2."""
     tiles = tl.cdiv(W, BM)
     block = tl.program_id(0) // tiles
-    place = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.minimum(W, T - block * W)
+    start = (tl.program_id(0) % tiles) * BM
+    place = start + tl.arange(0, BM)
+    head, row = tl.program_id(1), tl.program_id(2)
+    batch = row.to(tl.int64)
+    first = block * W
+    length = tl.minimum(W, T - first)
     inside = place < length
-    first = (block * W).to(tl.int64)
-    q = load_rows(queries + batch * query_b + first * query_t + head * DH, place, query_t, length, DH, EVEN)
+    q = _tokens(queries, row, first, head, start, query_b, query_t, length, BM, DH, EVEN, False)
     wide = q.to(tl.float32)
-    bound = tl.abs(tl.load(scale + head).to(tl.float32)) * 1.4426950408889634
+    bound = tl.abs(tl.load(scale + head).to(tl.float32)) * LOG2E
     factor = tl.rsqrt(tl.sum(wide * wide, axis=1) + 1e-6) * bound
-    offset = batch * key_b + block.to(tl.int64) * key_n + head * key_h
     top = tl.zeros([BM], tl.float32) + bound
     if 2 * bound > SPREAD:
         top = tl.full([BM], float("-inf"), tl.float32)
         for at in tl.range(0, S, BN, num_stages=1):
-            row = at + tl.arange(0, BN)
-            top = tl.maximum(top, tl.max(_read_logits(q, factor, keys + offset, row, key_s, S, DH, EVEN), axis=1))
+            k = _states(keys, row, block, head, at, key_b, key_n, key_s, S, BN, DH, EVEN, TMA)
+            top = tl.maximum(top, tl.max(_read_logits(q, factor, k, at, S, BN, EVEN), axis=1))
     total = tl.zeros([BM], tl.float32)
     sums = tl.zeros([BM, DH], tl.float32)
-    for at in range(0, S, BN):
-        row = at + tl.arange(0, BN)
-        probability = tl.exp2(_read_logits(q, factor, keys + offset, row, key_s, S, DH, EVEN) - top[:, None])
-        v = load_rows(values + offset, row, key_s, S, DH, EVEN)
+    for at in range(0, tl.maximum(S, 1), BN):
+        k = _states(keys, row, block, head, at, key_b, key_n, key_s, S, BN, DH, EVEN, TMA)
+        probability = tl.exp2(_read_logits(q, factor, k, at, S, BN, EVEN) - top[:, None])
+        v = _states(values, row, block, head, at, key_b, key_n, key_s, S, BN, DH, EVEN, TMA)
         total += tl.sum(probability, axis=1)
         sums = tl.dot(probability.to(v.dtype), v, sums, input_precision="tf32x3")
     sums = sums / total[:, None]
-    to = out + batch * out_b + first * out_t + head * DH
+    to = out + batch * out_b + tl.cast(first, tl.int64) * out_t + head * DH
     to += place[:, None] * out_t + tl.arange(0, DH)[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lses + batch * lse_b + head * lse_h + first + place, top + tl.log2(total), mask=inside)
@@ -100,70 +136,97 @@ def read_states_kernel(
 
 @triton.jit(do_not_specialize=["T", "lse_b", "lse_h"])
 def read_query_gradient_kernel(
-    queries, scale, keys, values, out, lses, dout, dqueries, factors, deltas, dscale, T, W, S,
-    query_b, query_t, key_b, key_n, key_s, key_h, out_b, out_t, dout_b, dout_t, lse_b: tl.int64, lse_h: tl.int64,
-    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    queries, scale, keys, values, out, lses, dout, dqueries, numbers, dscale, T, W, S,
+    query_b, query_t, key_b, key_n, key_s, out_b, out_t, dout_b, dout_t, lse_b: tl.int64, lse_h: tl.int64,
+    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dqueries (with the strides of out) of one tile through its normalisation; also what the keys need: factors and
-    deltas, fp32 [B, H, T]."""
+    """dqueries (with the strides of out) of one tile through its normalisation; also what the keys need of each query.
+
+    numbers: fp32 [B, H, 3, T]: the lse once more; what makes products of the query logits in base 2; row sum of
+    dout * out.
+    """
     tiles = tl.cdiv(W, BM)
     block = tl.program_id(0) // tiles
-    row = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.minimum(W, T - block * W)
-    inside = row < length
-    first = (block * W).to(tl.int64)
-    base = batch * out_b + first * out_t + head * DH
-    q = load_rows(queries + batch * query_b + first * query_t + head * DH, row, query_t, length, DH, EVEN)
-    do = load_rows(dout + batch * dout_b + first * dout_t + head * DH, row, dout_t, length, DH, EVEN)
-    o = load_rows(out + base, row, out_t, length, DH, EVEN)
+    start = (tl.program_id(0) % tiles) * BM
+    place = start + tl.arange(0, BM)
+    head, row = tl.program_id(1), tl.program_id(2)
+    batch = row.to(tl.int64)
+    first = block * W
+    length = tl.minimum(W, T - first)
+    inside = place < length
+    q = _tokens(queries, row, first, head, start, query_b, query_t, length, BM, DH, EVEN, False)
+    do = _tokens(dout, row, first, head, start, dout_b, dout_t, length, BM, DH, EVEN, False)
+    o = _tokens(out, row, first, head, start, out_b, out_t, length, BM, DH, EVEN, False)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     wide = q.to(tl.float32)
     inv = tl.rsqrt(tl.sum(wide * wide, axis=1) + 1e-6)
     size = tl.abs(tl.load(scale + head).to(tl.float32))
-    factor = inv * size * 1.4426950408889634
-    lse = tl.load(lses + batch * lse_b + head * lse_h + first + row, mask=inside, other=float("inf"))
-    small = (batch * H + head) * T + first + row
-    tl.store(factors + small, factor, mask=inside)
-    tl.store(deltas + small, delta, mask=inside)
-    offset = batch * key_b + block.to(tl.int64) * key_n + head * key_h
-    grad = query_gradient(q, do, factor, lse, delta, keys + offset, values + offset, key_s, key_s, 0, S, BN, DH, EVEN)
-    # y = q inv |s|: ds = sum of dy . q inv, dq = |s| inv (dy - unit (unit . dy))
-    unit = q.to(tl.float32) * inv[:, None]
+    factor = inv * size * LOG2E
+    lse = tl.load(lses + batch * lse_b + head * lse_h + first + place, mask=inside, other=float("inf"))
+    numbers += (batch * H + head) * 3 * T + first + place
+    tl.store(numbers, lse, mask=inside)
+    tl.store(numbers + T, factor, mask=inside)
+    tl.store(numbers + 2 * T, delta, mask=inside)
+    grad = tl.zeros([BM, DH], tl.float32)
+    for at in range(0, tl.maximum(S, 1), BN):
+        k = _states(keys, row, block, head, at, key_b, key_n, key_s, S, BN, DH, EVEN, TMA)
+        v = _states(values, row, block, head, at, key_b, key_n, key_s, S, BN, DH, EVEN, TMA)
+        logits = _read_logits(q, factor, k, at, S, BN, EVEN)
+        dprobability = tl.dot(do, tl.trans(v), input_precision="tf32x3")
+        dlogits = tl.exp2(logits - lse[:, None]) * (dprobability - delta[:, None])
+        grad = tl.dot(dlogits.to(k.dtype), k, grad, input_precision="tf32x3")
+    # y = q inv |s|: ds = sum of dy . q inv, dq = |s| inv (dy - unit (unit . dy)); q is loaded once more: kept in
+    # registers it would spill others
+    again = _tokens(queries, row, first, head, start, query_b, query_t, length, BM, DH, EVEN, False)
+    unit = again.to(tl.float32) * inv[:, None]
     along = tl.sum(grad * unit, axis=1)
     grad = (inv * size)[:, None] * (grad - unit * along[:, None])
-    to = dqueries + base + (row[:, None] * out_t + tl.arange(0, DH)[None, :])
+    to = dqueries + batch * out_b + tl.cast(first, tl.int64) * out_t + head * DH
+    to += place[:, None] * out_t + tl.arange(0, DH)[None, :]
     tl.store(to, grad.to(dqueries.dtype.element_ty), mask=inside[:, None])
     part = (batch * H + head) * tl.num_programs(0) + tl.program_id(0)
     tl.store(dscale + part, tl.sum(tl.where(inside, along, 0.0), axis=0))
 
 
-@triton.jit(do_not_specialize=["T", "n", "lse_b", "lse_h"])
+@triton.jit(do_not_specialize=["T", "n"])
 def read_key_gradient_kernel(
-    queries, keys, values, lses, dout, factors, deltas, dkeys, dvalues, T, W, S, n,
-    query_b, query_t, key_b, key_n, key_s, key_h, dout_b, dout_t, lse_b: tl.int64, lse_h: tl.int64,
-    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    queries, keys, values, dout, numbers, dkeys, dvalues, T, W, S, n,
+    query_b, query_t, key_b, key_n, key_s, dout_b, dout_t,
+    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dkeys, dvalues [B, n, S, H, DH] of one tile of state vectors of one block and head."""
     tiles = tl.cdiv(S, BN)
     block = tl.program_id(0) // tiles
-    row = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    offset = batch * key_b + block.to(tl.int64) * key_n + head * key_h
-    k = load_rows(keys + offset, row, key_s, S, DH, EVEN)
-    v = load_rows(values + offset, row, key_s, S, DH, EVEN)
-    first = (block * W).to(tl.int64)
-    small = (batch * H + head) * T + first
+    start = (tl.program_id(0) % tiles) * BN
+    state = start + tl.arange(0, BN)
+    head, row = tl.program_id(1), tl.program_id(2)
+    batch = row.to(tl.int64)
+    k = _states(keys, row, block, head, start, key_b, key_n, key_s, S, BN, DH, EVEN, False)
+    v = _states(values, row, block, head, start, key_b, key_n, key_s, S, BN, DH, EVEN, False)
+    first = block * W
+    length = tl.minimum(W, T - first)
+    numbers += (batch * H + head) * 3 * T + first
     dk = tl.zeros([BN, DH], tl.float32)
     dv = tl.zeros([BN, DH], tl.float32)
-    dk, dv = key_gradient(
-        dk, dv, k, v, queries + batch * query_b + first * query_t + head * DH,
-        dout + batch * dout_b + first * dout_t + head * DH, factors + small,
-        lses + batch * lse_b + head * lse_h + first, deltas + small,
-        query_t, dout_t, tl.minimum(W, T - block * W), BM, DH, True, EVEN,
-    )  # fmt: skip
-    place = ((batch * n + block) * S + row[:, None]) * (H * DH) + head * DH + tl.arange(0, DH)[None, :]
-    inside = (row < S)[:, None]
+    for at in range(0, tl.maximum(length, 1), BM):
+        place = at + tl.arange(0, BM)
+        q = _tokens(queries, row, first, head, at, query_b, query_t, length, BM, DH, EVEN, TMA)
+        do = _tokens(dout, row, first, head, at, dout_b, dout_t, length, BM, DH, EVEN, TMA)
+        logits = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+        dprobability = tl.dot(v, tl.trans(do), input_precision="tf32x3")
+        if EVEN:
+            lse, factor = tl.load(numbers + place), tl.load(numbers + T + place)
+            delta = tl.load(numbers + 2 * T + place)
+        else:
+            lse = tl.load(numbers + place, mask=place < length, other=float("inf"))
+            factor = tl.load(numbers + T + place, mask=place < length, other=0.0)
+            delta = tl.load(numbers + 2 * T + place, mask=place < length, other=0.0)
+        probability = tl.exp2(logits * factor[None, :] - lse[None, :])
+        dv = tl.dot(probability.to(do.dtype), do, dv, input_precision="tf32x3")
+        dlogits = probability * (dprobability - delta[None, :]) * factor[None, :]
+        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="tf32x3")
+    to = ((batch * n + block) * S + state[:, None]) * (H * DH) + head * DH + tl.arange(0, DH)[None, :]
+    inside = (state < S)[:, None]
     # the logits have the factor in base 2: back to natural ones
-    tl.store(dkeys + place, (dk * 0.6931471805599453).to(dkeys.dtype.element_ty), mask=inside)
-    tl.store(dvalues + place, dv.to(dvalues.dtype.element_ty), mask=inside)
+    tl.store(dkeys + to, (dk * LN2).to(dkeys.dtype.element_ty), mask=inside)
+    tl.store(dvalues + to, dv.to(dvalues.dtype.element_ty), mask=inside)

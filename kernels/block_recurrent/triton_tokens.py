@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels.block_recurrent.tiles import (
     READ,
     READ_KEYS,
+    READ_KEYS_POINTERS,
     READ_QUERIES,
     TOKEN_WIDE,
     Tiles,
@@ -28,6 +30,7 @@ from longspan.kernels.block_recurrent.triton_token_kernels import (
     token_keys_kernel,
 )
 from longspan.kernels.launches import blocks_of
+from longspan.kernels.window_attention.fused import copies_tiles
 
 KEY_ROWS = 32  # tokens of one head in a tile of the normalisation
 
@@ -70,16 +73,35 @@ def query_tiles(window: int, states: int, wide: bool) -> Tiles:
     return fitting(TOKEN_WIDE if wide else READ_QUERIES, window, states)
 
 
-def key_tiles(window: int, states: int, wide: bool) -> Tiles:
+def key_tiles(window: int, states: int, wide: bool, fetched: bool) -> Tiles:
     """Tiles of the gradient of the states' keys and values: queries (tokens), keys (states)."""
-    return fitting(TOKEN_WIDE if wide else READ_KEYS, window, states)
+    return fitting(TOKEN_WIDE if wide else READ_KEYS if fetched else READ_KEYS_POINTERS, window, states)
 
 
-def _options(tiles: Tiles, queries: Tensor, window: int, states: int) -> dict[str, Any]:
-    """Constants of the kernels: sizes, and whether nothing is cut off."""
+def _fetched(tokens: int, window: int, states: int, *tensors: Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of tensors [..., H, Dh] for every kernel of the read.
+
+    It can if nothing is cut off and all rows begin at multiples of 16 bytes. With 8 x 4096 tokens on an H100 the read
+    then takes 165 us instead of 176, and its gradient 616 instead of 684.
+    """
+    whole = tokens % window == 0 and divide(fitting(READ_KEYS, window, states), window, states)
+    starts = all(x.data_ptr() % 16 == 0 for x in tensors)
+    rows = all(step * x.element_size() % 16 == 0 for x in tensors for step in x.stride()[:-1])
+    return whole and starts and rows and copies_tiles(tensors[0].device)
+
+
+def _pieces(x: Tensor, fetched: bool, *piece: int) -> Tensor | TensorDescriptor:
+    """x [..., H, Dh], dense heads, as the kernels load it: if fetched, in pieces of this shape of [..., H * Dh]."""
+    if not fetched:
+        return x
+    return TensorDescriptor(x, [*x.shape[:-2], x.shape[-2] * x.shape[-1]], [*x.stride()[:-2], 1], list(piece))
+
+
+def _options(tiles: Tiles, queries: Tensor, window: int, states: int, fetched: bool) -> dict[str, Any]:
+    """Constants of the kernels: sizes, whether nothing is cut off, and whether the copy engine fetches tiles."""
     heads, width = queries.shape[2:]
     even = queries.shape[1] % window == 0 and divide(tiles, window, states)
-    sizes = {"H": heads, "DH": width, "BM": tiles.rows, "BN": tiles.columns, "EVEN": even}
+    sizes = {"H": heads, "DH": width, "BM": tiles.rows, "BN": tiles.columns, "EVEN": even, "TMA": fetched}
     return {**sizes, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
@@ -90,17 +112,19 @@ def read_forward(
 
     Args:
         queries: [B, T, H, Dh], dense heads; scale: [H].
-        keys, values: [B, n, S, H, Dh], n = ceil(T/W), equal strides.
+        keys, values: [B, n, S, H, Dh], n = ceil(T/W), equal strides, dense heads.
         window: W.
         out: [B, T, H, Dh], dense heads; lses: fp32 [B, H, T], dense tokens.
     """
-    rows, tokens, heads, _ = queries.shape
+    rows, tokens, heads, width = queries.shape
     blocks, states = keys.shape[1:3]
     tiles = read_tiles(window, states, queries.element_size() == 4)
+    fetched = _fetched(tokens, window, states, keys, values)
     read_states_kernel[(blocks * blocks_of(window, tiles.rows), heads, rows)](
-        queries, scale, keys, values, out, lses, tokens, window, states,
-        *queries.stride()[:2], *keys.stride()[:4], *out.stride()[:2], *lses.stride()[:2],
-        **_options(tiles, queries, window, states),
+        queries, scale, *(_pieces(x, fetched, 1, 1, tiles.columns, width) for x in (keys, values)), out, lses,
+        tokens, window, states,
+        *queries.stride()[:2], *keys.stride()[:3], *out.stride()[:2], *lses.stride()[:2],
+        **_options(tiles, queries, window, states, fetched),
     )  # fmt: skip
 
 
@@ -125,26 +149,29 @@ def read_backward(
     Returns:
         dkeys, dvalues [B, n, S, H, Dh], dense; fp32 [H], gradient of the scale.
     """
-    rows, tokens, heads, _ = queries.shape
+    rows, tokens, heads, width = queries.shape
     blocks, states = keys.shape[1:3]
     wide = queries.element_size() == 4
     assert dqueries.stride() == out.stride()
+    fetched = _fetched(tokens, window, states, queries, dout, keys, values)
     tiles = query_tiles(window, states, wide)
-    factors, deltas = (lses.new_empty(rows, heads, tokens) for _ in range(2))
+    numbers = lses.new_empty(rows, heads, 3, tokens)
     count = blocks * blocks_of(window, tiles.rows)
     dscale = lses.new_empty(rows, heads, count)
-    strides = (*queries.stride()[:2], *keys.stride()[:4])
+    strides = (*queries.stride()[:2], *keys.stride()[:3])
     read_query_gradient_kernel[(count, heads, rows)](
-        queries, scale, keys, values, out, lses, dout, dqueries, factors, deltas, dscale, tokens, window, states,
+        queries, scale, *(_pieces(x, fetched, 1, 1, tiles.columns, width) for x in (keys, values)), out, lses, dout,
+        dqueries, numbers, dscale, tokens, window, states,
         *strides, *out.stride()[:2], *dout.stride()[:2], *lses.stride()[:2],
-        **_options(tiles, queries, window, states),
+        **_options(tiles, queries, window, states, fetched),
     )  # fmt: skip
     dkeys = keys.new_empty(keys.shape)
     dvalues = torch.empty_like(dkeys)
-    tiles = key_tiles(window, states, wide)
+    tiles = key_tiles(window, states, wide, fetched)
+    queries_of, dout_of = (_pieces(x, fetched, 1, tiles.rows, width) for x in (queries, dout))
     read_key_gradient_kernel[(blocks * blocks_of(states, tiles.columns), heads, rows)](
-        queries, keys, values, lses, dout, factors, deltas, dkeys, dvalues, tokens, window, states, blocks,
-        *strides, *dout.stride()[:2], *lses.stride()[:2], **_options(tiles, queries, window, states),
+        queries_of, keys, values, dout_of, numbers, dkeys, dvalues, tokens, window, states, blocks,
+        *strides, *dout.stride()[:2], **_options(tiles, queries, window, states, fetched),
     )  # fmt: skip
     return dkeys, dvalues, dscale.sum((0, 2)) * scale.sign()
 
@@ -153,7 +180,7 @@ class _ReadStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, scale: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
         queries = dense_heads(queries)
-        if keys.stride() != values.stride() or keys.stride(-1) != 1:
+        if keys.stride() != values.stride() or keys.stride()[-2:] != (keys.shape[-1], 1):
             keys, values = keys.contiguous(), values.contiguous()
         rows, tokens, heads, _ = queries.shape
         out = queries.new_empty(queries.shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels import backend
-from longspan.kernels.launches import blocks_of
+from longspan.kernels.launches import blocks_of, multiprocessors
 
 # One program a multiprocessor works through the tiles and begins to load the next one during the epilogue of the one
 # before. 32,768 x 1024 x 4096 on an H100: 0.427 and 0.432 ms; with 3 stages 0.437 and 0.436, without that overlap
@@ -172,7 +172,7 @@ def masked_product(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
 def _launch(kernel: Any, a: Tensor, weight: Tensor, block: list[int], out: Tensor, bits: Tensor) -> None:
     (rows, depth), width = a.shape, out.shape[1]
     tiles = blocks_of(rows, BLOCK_M) * blocks_of(width, BLOCK_N)
-    kernel[(min(tiles, _multiprocessors(a.device)),)](
+    kernel[(min(tiles, multiprocessors(a.device)),)](
         TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K]),
         TensorDescriptor.from_tensor(weight, block),
         TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_N // 2]),
@@ -192,8 +192,3 @@ def _launch(kernel: Any, a: Tensor, weight: Tensor, block: list[int], out: Tenso
 @cache  # asked in every layer; the driver takes microseconds
 def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

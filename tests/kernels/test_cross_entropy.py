@@ -120,22 +120,36 @@ def test_fused_form_equals_fp64(
 
 
 @needs_interpreter
+@pytest.mark.parametrize("rows", [1, 4, 11])
 @pytest.mark.parametrize("vocab", [1, 384, 513, 1100])
-def test_every_way_to_walk_along_the_vocabulary(vocab: int) -> None:
-    from longspan.kernels.cross_entropy.triton import Config, nll_of_logits
+def test_every_way_to_walk_along_rows_and_vocabulary(vocab: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longspan.kernels.cross_entropy import triton as kernels
 
-    logits = 4 * torch.randn(6, vocab, dtype=torch.float64)
-    labels = torch.randint(0, vocab, (6,))
-    labels[2] = -100
+    monkeypatch.setattr(kernels, "_WARPS", 2)  # a few programs, so that each has several rows
+    logits = 4 * torch.randn(rows, vocab, dtype=torch.float64)
+    labels, weight = torch.randint(0, vocab, (rows,)), 1 + torch.arange(rows)
+    labels[2::3] = -100
     x = logits.clone().requires_grad_()
     want = torch.nn.functional.cross_entropy(0.5 * x, labels, reduction="none")
-    (gradient,) = torch.autograd.grad((want * torch.arange(6)).sum(), x)
-    for config in (Config(32768, 16), Config(256, 2)):
-        ours, nll = logits.float(), torch.full((6,), torch.nan)
-        nll_of_logits(ours, labels, 0.5, nll, gradient=True, weight=torch.arange(6.0), config=config)
+    (gradient,) = torch.autograd.grad((want * weight).sum(), x)
+    for config in (kernels.CONFIGS[0], kernels.Config(256, 2)):
+        ours, nll = logits.float(), torch.full((rows,), torch.nan)
+        kernels.nll_of_logits(ours, labels, 0.5, nll, gradient=False, config=config)
         assert relative_error(nll, want) < 1e-5
+        assert torch.equal(ours, logits.float())
+        kernels.nll_of_logits(ours, labels, 0.5, None, gradient=True, weight=weight.float(), config=config)
         assert relative_error(ours, gradient) < 1e-5
-        assert not ours[2].any()
+        assert not ours[2::3].any()
+
+
+@needs_interpreter
+def test_rows_that_do_not_fit_into_registers_are_read_twice() -> None:
+    from longspan.kernels.cross_entropy.triton import CONFIGS, default_config
+
+    chosen = {(vocab, size): default_config(vocab, size) for vocab in (384, 16384, 32128, 50257) for size in (2, 4)}
+    assert all(config in CONFIGS for config in chosen.values())
+    whole = {key for key, config in chosen.items() if key[0] <= config.max_block}
+    assert whole == {(384, 2), (384, 4), (16384, 2), (16384, 4), (32128, 2)}
 
 
 @needs_interpreter

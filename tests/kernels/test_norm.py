@@ -17,8 +17,8 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernel
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted programs run one after another."""
-    monkeypatch.setattr("longspan.kernels.norm.triton.NUM_PARTIALS", 4)
+    """Interpreted programs run one after another: four of two warps."""
+    monkeypatch.setattr("longspan.kernels.norm.triton.BACKWARD_WARPS", 8)
 
 
 def inputs(shape: tuple[int, ...], tile: int | None) -> dict[str, Tensor | None]:
@@ -55,9 +55,24 @@ def run(kind: str, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> lis
 @pytest.mark.parametrize("kind", ["norm", "residual", "add"])
 @pytest.mark.parametrize(
     ("shape", "tile"),
-    [((2, 5, 16), None), ((3, 11, 24), 4), ((1, 1, 3), 1), ((2, 9, 33), 9), ((7, 130), None), ((2, 3, 1500), 2)],
+    [
+        ((2, 5, 16), None),
+        ((3, 11, 24), 4),
+        ((1, 1, 3), 1),
+        ((2, 9, 33), 9),
+        ((7, 130), None),
+        ((2, 3, 1500), 2),
+        ((3, 3, 1024), 2),
+        ((1, 2048), None),
+    ],
 )
-def test_triton_equals_fp64(kind: str, shape: tuple[int, ...], tile: int | None) -> None:
+@pytest.mark.parametrize("ahead", [True, False], ids=["as in 16 bits", "as in fp32"])
+def test_triton_equals_fp64(
+    ahead: bool, kind: str, shape: tuple[int, ...], tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longspan.kernels.norm.triton import _AHEAD_WIDTH
+
+    monkeypatch.setitem(_AHEAD_WIDTH, 4, _AHEAD_WIDTH[2] if ahead else 0)
     tensors = inputs(shape, tile)
     want = run(kind, tensors, torch.float64)
     with forced("triton"), poisoned_memory():

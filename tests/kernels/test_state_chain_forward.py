@@ -75,6 +75,21 @@ def test_shapes(loads: str, changes: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize(("gate", "parts"), [("fixed", 4), ("lstm", 4)])
+def test_wide_tiles_of_the_written_state(loads: str, gate: str, parts: int) -> None:
+    """Those of the fixed gate are stored by halves; those of the LSTM gate are cut to 64 columns."""
+    from longspan.kernels.block_recurrent import triton_forward as chain
+
+    case = replace(SHAPE, dim=256, gate=gate)
+    path, state, keys, values, reset = make_case(case)
+    tiles = replace(tiles_of(loads), write=(16, 128, 128, 1))
+    run = chain._Run(chain.prepare(path), state[:, None], keys, values, reset, case.window, 2, tiles, "all")
+    assert run.parts == parts and run.halves == (2 if gate == "fixed" else 1)
+    result = chain.chain_forward(chain.prepare(path), state, keys, values, reset, case.window, tiles=tiles)
+    check(vars(result), reference(path, state, keys, values, reset, case.window), EVERYTHING)
+
+
+@pytest.mark.parametrize("loads", LOADS)
 def test_buffers_that_are_not_kept_change_nothing(loads: str) -> None:
     case = replace(SHAPE, rows=1, tokens=16 * 3 + 3)
     result, wanted = run(case, loads, keep="kv")

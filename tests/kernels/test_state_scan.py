@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -109,14 +111,59 @@ KERNEL_CASES = [
 ]
 
 
+def kernel_runs() -> Iterator[Any]:
+    """Every case with the last state used and unused; interpreted, most are for the long suite."""
+    for number, (gate, mode, sizes) in enumerate(KERNEL_CASES):
+        for last in (True, False):
+            often = number != 1 if last else number == 2
+            name = f"{gate}-{mode}-{sizes.tokens}-state-{'used' if last else 'unused'}"
+            yield pytest.param(gate, mode, sizes, last, marks=() if often else pytest.mark.long, id=name)
+
+
 @interpreted
-@pytest.mark.parametrize("last", [True, False], ids=["state-used", "state-unused"])
-@pytest.mark.parametrize(
-    ("gate", "mode", "sizes"), KERNEL_CASES, ids=lambda value: str(getattr(value, "tokens", value))
-)
+@pytest.mark.parametrize(("gate", "mode", "sizes", "last"), list(kernel_runs()))
 def test_kernels_equal_autograd(gate: str, mode: str, sizes: Sizes, last: bool) -> None:
     case = make_case(gate, mode, sizes)
     gaps = errors(everything(case.to(torch.float32), triton_form, last=last), everything(case, two_phase, last=last))
+    assert max(gaps.values()) < 5e-6, gaps
+
+
+@interpreted
+@pytest.mark.parametrize(("copies", "tokens"), [(True, 64), (False, 64), (True, 61)])
+def test_tokens_read_through_the_copy_engine_or_pointers(
+    copies: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy engine is asked for only where nothing is cut off: tiles divide window and states here."""
+    from longspan.kernels.block_recurrent import triton_tokens
+
+    asked = []
+    monkeypatch.setattr(triton_tokens, "copies_tiles", lambda device: asked.append(device) or copies)
+    case = make_case("fixed", "skip", Sizes(tokens=tokens, window=32, rows=3))
+    gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
+    assert max(gaps.values()) < 5e-6, gaps
+    assert len(asked) == (2 if tokens == 64 else 0)
+
+
+@interpreted
+def test_tokens_read_states_that_the_copy_engine_cannot_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longspan.kernels.block_recurrent import triton_tokens
+
+    asked = []
+    monkeypatch.setattr(triton_tokens, "copies_tiles", lambda device: asked.append(device) or True)
+    queries, scale = torch.randn(1, 32, 1, 16), torch.ones(1)
+    keys, values = torch.randn(2, 1, 2, 16, 1, 16)
+    odd = [torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in (keys, values)]  # begin 4 bytes too late
+    found = [triton_tokens.read_states(queries, scale, *states, 16) for states in ((keys, values), odd)]
+    assert len(asked) == 1 and torch.allclose(*found, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [2, 8])
+def test_sums_in_parts_of_rows_and_of_blocks(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows and one, three blocks each; or every row alone, two blocks and one."""
+    monkeypatch.setattr("longspan.kernels.block_recurrent.triton_scan.SUM_PARTS", parts)
+    case = make_case("fixed", "skip", Sizes(rows=3, tokens=40, states=16, dim=32, width=16))
+    gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
     assert max(gaps.values()) < 5e-6, gaps
 
 
@@ -149,7 +196,7 @@ def test_the_scan_alone_has_kernels() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("keep", ["all", "border"])
+@pytest.mark.parametrize("keep", ["all", pytest.param("border", marks=pytest.mark.long)])
 def test_kernels_write_all_they_return_and_take_a_slice_of_the_flags(
     keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,10 @@ two_phase = partial(block_recurrent, form="two_phase")
 # Sizes that differ cost a compilation each: most cases share theirs. Rows choose between tiles.
 CASES = {
     "one row": ("fixed", "skip", Sizes(rows=1, tokens=3 * 512 + 100, **BASE)),
+    "one row, whole blocks": ("fixed", "skip", Sizes(rows=1, tokens=3 * 512, **BASE)),
     "five rows": ("fixed", "skip", Sizes(rows=5, tokens=1024, **BASE)),
+    "eight rows": ("fixed", "skip", Sizes(rows=8, tokens=3 * 512, **BASE)),
+    "eight rows, ragged": ("fixed", "skip", Sizes(rows=8, tokens=2 * 512 + 77, **BASE)),
     "lstm": ("lstm", "skip", Sizes(rows=2, tokens=1024, **BASE)),
     "dual": ("fixed", "dual", Sizes(rows=2, tokens=1124, **BASE)),
     "lstm single": ("lstm", "single", Sizes(rows=2, tokens=1024, **BASE)),
@@ -51,8 +54,14 @@ def test_bf16(name: str) -> None:
     check(make_case(*CASES[name]), torch.bfloat16)
 
 
-def test_fp32() -> None:
-    check(make_case("fixed", "skip", Sizes(rows=2, tokens=600, **SHORT)), torch.float32)
+@pytest.mark.parametrize("tokens", [600, 512])
+def test_fp32(tokens: int) -> None:
+    check(make_case("fixed", "skip", Sizes(rows=2, tokens=tokens, **SHORT)), torch.float32)
+
+
+def test_tokens_read_whole_blocks_without_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.kernels.block_recurrent.triton_tokens.copies_tiles", lambda device: False)
+    check(make_case(*CASES["one row, whole blocks"]), torch.bfloat16)
 
 
 def test_without_a_gradient_of_the_state() -> None:

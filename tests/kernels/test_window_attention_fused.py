@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from window_cases import ARRIVALS, Case, copy_engine, inputs_of, reset_of, run
 from longspan.errors import ShapeError
 from longspan.kernels.backend import forced
 from longspan.kernels.window_attention.api import window_attention
-from longspan.kernels.window_attention.fused import _described, fused_window_attention
+from longspan.kernels.window_attention.fused import WindowCall, _described, _finish, fused_window_attention
+from longspan.kernels.window_attention.reference import t5_buckets
 from longspan.kernels.window_attention.support import unsupported
 from longspan.kernels.window_attention.tiles import choose_tiles
 
@@ -96,6 +99,31 @@ def test_gradients_of_bias_and_scale_may_be_summed_in_pieces(monkeypatch: pytest
     monkeypatch.setattr("longspan.kernels.window_attention.fused.PIECE_TOKENS", 192)
     pieces = run(case, tensors, "triton")
     assert all(relative_error(pieces[name], x) < 1e-5 for name, x in whole.items())
+
+
+@pytest.mark.parametrize("window", [5, 90, 300])
+@pytest.mark.parametrize(("parts", "tiles"), [(1, 1), (64, 1024), (150, 2100)])
+def test_gradients_of_bias_and_scale_from_sums_of_any_number_of_tiles(parts: int, tiles: int, window: int) -> None:
+    g = torch.Generator().manual_seed(parts)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    table, scale = draw(2, 32), torch.tensor([-1.5, 0.7])
+    sums, for_scale = draw(parts, 2, 128), draw(tiles, 2)
+    call = cast(WindowCall, SimpleNamespace(table=table, scale=scale, window=window))
+    with poisoned_memory():
+        dtable, dscale = _finish(call, for_scale, sums)
+        none, alone = _finish(
+            cast(WindowCall, SimpleNamespace(table=None, scale=scale, window=window)), for_scale, None
+        )
+    d = torch.arange(128)
+    bucket = t5_buckets(d)
+    by_distance = sums.double().sum(0) * ((d >= 1) & (d <= window))
+    bias = table.double().requires_grad_()
+    near = bias[:, bucket] - bias[:, bucket[min(window, 127)], None]
+    (want,) = torch.autograd.grad((near * by_distance * scale.abs()[:, None]).sum(), bias)
+    assert dtable is not None and relative_error(dtable, want) < 1e-5
+    own = for_scale.double().sum(0)
+    assert relative_error(dscale, (own + (near * by_distance).sum(1)) * scale.sign()) < 1e-5
+    assert none is None and relative_error(alone, own * scale.sign()) < 1e-5
 
 
 def test_without_a_copy_engine_it_is_the_same() -> None:
