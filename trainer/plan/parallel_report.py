@@ -138,19 +138,23 @@ def parallel_text(plan: dict[str, Any]) -> str:
                 f"{f'{1e3 * simulated:.1f}' if simulated is not None else '':>10}{layout['efficiency']:>6.2f}"
                 f"{layout['memory_gib']:>7.1f}  {layout['bound_by']}{'' if layout['fits'] else ', does not fit'}"
             )
-            notes += [f"  {point['gpus']} GPU{'s' if point['gpus'] > 1 else ''}: {warning}" for warning in layout["warnings"]]
+            notes += [f"  {_gpus(point)}: {warning}" for warning in layout["warnings"]]
     if notes:
         lines += ["", "Warnings:", *notes]
     if plan["measured"]:
         lines += ["", "Measured steps of this model and segment:"]
     for step in plan["measured"]:
         lines.append(
-            f"  {step['date']}, {step['gpus']} GPU{'s' if step['gpus'] > 1 else ''} (dp {step['dp']}, cp {step['cp']}, tp {step['tp']}, slices "
+            f"  {step['date']}, {_gpus(step)} (dp {step['dp']}, cp {step['cp']}, tp {step['tp']}, slices "
             f"{step['state_slices']}{_engine(step)}), {step['lanes']} lanes: {1e3 * step['seconds']:.0f} ms, predicted "
             f"{1e3 * step['predicted_seconds']:.0f} ({step['predicted_over_measured'] - 1:+.1%}"
             f"{', fitted to it' if step['fitted'] else ''})"
         )
     return "\n".join([*lines, "", "Assumed over several GPUs:", *(f"  {line}" for line in plan["assumptions"])])
+
+
+def _gpus(of: dict[str, Any]) -> str:
+    return f"{of['gpus']} GPU{'s' if of['gpus'] > 1 else ''}"
 
 
 def _engine(step: dict[str, Any]) -> str:
