@@ -6,8 +6,12 @@ that `LONGSPAN_EXIT_RECORDS` names; the launcher reads them (docs/launch.md). Wi
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +59,10 @@ class ExitRecord:
 _noted: dict[str, Any] = {}
 # how long a process that leaves the message to another lets that one live to say it: torchrun ends all with the first
 _SPEAKER_SECONDS = 3.0
+_ASK_SECONDS = 0.05
+# what was said so long ago is of no use to anybody
+_FORGET_SECONDS = 600.0
+_began = time.time()
 _met = False
 
 
@@ -80,24 +88,68 @@ def meet() -> None:
     _met = True
 
 
-def speaks() -> bool:
-    """Whether this process says on standard error what ends it, so that there is one message and not one a rank.
+def to_say(message: str) -> str | None:
+    """What this process says on standard error of its end, so that there is one message and not one a rank.
 
     Before the ranks have met that is the first process of each host, as others cannot know what happens there; later
     it is rank 0. With a launcher that listens it is none. A process whose environment does not say which rank it is
-    speaks for itself. One that does not speak waits a moment before the meeting, as torchrun ends the others with it.
+    speaks for itself. One that leaves it to the first of its host waits a moment for that one to say the same, and
+    names itself if it does not; torchrun ends it meanwhile if the first has ended.
+
+    Args:
+        message: why this process ends.
+
+    Returns:
+        The message, perhaps with this process's rank; None: nothing.
     """
     if launcher_listens():
+        return None
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if not environment.names_a_rank() or rank == "0" or (not _met and local_rank == "0"):
+        if not _met and "RANK" in os.environ:
+            _tell_host(message)
+        return message
+    if _met:
+        return None
+    deadline = time.monotonic() + _SPEAKER_SECONDS
+    while not _host_was_told(message):
+        if time.monotonic() > deadline:
+            _tell_host(message)
+            return message if message.startswith(f"rank {rank} ") else f"rank {rank}: {message}"
+        time.sleep(_ASK_SECONDS)
+    return None
+
+
+def _said_file() -> Path:
+    """Where the processes of this user on this host note what they have said."""
+    return Path(tempfile.gettempdir()) / f"longspan-said-{os.getuid()}"
+
+
+def _key(message: str) -> str:
+    """The same for the same message of one attempt of one run; ranks and process numbers in it may differ."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    said = "\n".join([*(os.environ.get(name, "") for name in names), re.sub(r"\d+", "#", message)])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _tell_host(message: str) -> None:
+    """Note that this process says `message`; without a place for that every process says what it has to."""
+    path, flags = _said_file(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        if path.exists() and time.time() - path.stat().st_mtime > _FORGET_SECONDS:
+            flags |= os.O_TRUNC
+        with os.fdopen(os.open(path, flags, 0o600), "a", encoding="ascii") as file:
+            file.write(f"{time.time()} {_key(message)}\n")
+
+
+def _host_was_told(message: str) -> bool:
+    """Whether a process of this host has said it since this one began: not one of an earlier start."""
+    try:
+        lines = _said_file().read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
         return False
-    if (
-        not environment.names_a_rank()
-        or os.environ.get("RANK", "0") == "0"
-        or (not _met and os.environ.get("LOCAL_RANK", "0") == "0")
-    ):
-        return True
-    if not _met:
-        time.sleep(_SPEAKER_SECONDS)
-    return False
+    key = _key(message)
+    return any(found[1:] == [key] and float(found[0]) > _began for found in map(str.split, lines) if found)
 
 
 def leave(exit_code: int) -> int:

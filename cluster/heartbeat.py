@@ -188,16 +188,17 @@ def current_place(own_thread: int) -> tuple[str, str]:
 
 def _look(innermost: FrameType) -> tuple[str, str]:
     waiting, place = "", ""
-    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    innermost_line = innermost.f_lineno or 0  # None, whatever its type says, at an instruction that has no line
+    line = linecache.getline(innermost.f_code.co_filename, innermost_line)
     if ".wait(" in line and Path(innermost.f_code.co_filename).name != "threading.py":  # a handle of a collective
-        waiting = f"{innermost.f_code.co_name} ({Path(innermost.f_code.co_filename).name}:{innermost.f_lineno})"
+        waiting = f"{innermost.f_code.co_name} ({Path(innermost.f_code.co_filename).name}:{innermost_line})"
     frame: FrameType | None = innermost
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.name == "distributed_c10d.py":
             waiting = frame.f_code.co_name  # the outermost: the collective that was asked for
         elif not place and _is_ours(path):
-            place = f"{path.relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+            place = f"{path.relative_to(_PACKAGE)}:{frame.f_lineno or 0} {frame.f_code.co_name}"
         frame = frame.f_back
     return waiting, place
 

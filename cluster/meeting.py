@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from longspan.cluster import exit_records, network
@@ -19,6 +23,9 @@ T = TypeVar("T")
 _CONNECT_SLACK_SECONDS = 5.0  # by then torch has given up by itself, if it does
 _ASK_SECONDS = 0.05
 _PORT_KEY = "longspan-meeting-port"
+_FATAL = 3  # of c10's log levels
+# what the errors say of a server that is no store: it does not speak the protocol, or says nothing
+_NO_STORE = ("Ping failed", "gives no answer")
 
 
 def reach(place: Place, seconds: float) -> None:
@@ -34,6 +41,45 @@ def reach(place: Place, seconds: float) -> None:
             f"{place.address}:{place.port} within {seconds:.0f} s ({error}). Start rank 0 there, check address, port "
             f"and firewall from this host, or wait longer with parallel.timeout_seconds."
         ) from error
+
+
+@contextlib.contextmanager
+def without_native_log() -> Iterator[None]:
+    """While active, torch's C++ log is silent: it adds stack traces to errors of a store that are raised here as well.
+
+    It stays so after an error: an attempt that was given up goes on in its thread until this process ends. The level
+    is read from the environment when torch loads and has no other interface; a build without this variable is loud.
+    """
+    try:
+        native = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        level = ctypes.c_int.in_dll(native, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):
+        yield
+        return
+    before, level.value = level.value, _FATAL
+    yield
+    level.value = before
+
+
+def not_joined(place: Place, error: Exception) -> str:
+    """In words: why this process did not come together with the others, and what to do.
+
+    Args:
+        error: of the store, or of the process group.
+    """
+    text = str(error).splitlines()[0].rstrip(".")
+    advice = "Check that all of them were started and that the address is reachable from this host."
+    if any(words in text for words in _NO_STORE):
+        if _NO_STORE[0] in text:
+            text = "another program listens there, which does not answer as rank 0 does"
+        advice = (
+            "End that program, or set MASTER_ADDR to rank 0's host and MASTER_PORT (torchrun: --master-port) to a free "
+            "port of it, on all ranks."
+        )
+    return (
+        f"rank {place.rank} of {place.world_size} cannot join the others at {place.address}:{place.port}: {text}. "
+        f"{advice}"
+    )
 
 
 class MeetingPlace:
@@ -121,5 +167,5 @@ def _in_time(work: Callable[[], T], seconds: float) -> T:
     if failed:
         raise failed[0]
     if not found:
-        raise RuntimeError(f"what listens there gives no answer within {seconds:.0f} s.")
+        raise RuntimeError(f"what listens there, perhaps another program, gives no answer within {seconds:.0f} s.")
     return found[0]

@@ -22,7 +22,7 @@ from longspan.cluster import exit_records, network
 from longspan.cluster.collectives import start_recording
 from longspan.cluster.config import LONGEST_ALLOWANCE, ParallelConfig
 from longspan.cluster.environment import Place, read_place
-from longspan.cluster.meeting import MeetingPlace, reach
+from longspan.cluster.meeting import MeetingPlace, not_joined, reach, without_native_log
 from longspan.cluster.preflight import check_ranks, describe_rank
 from longspan.errors import ClusterError, UsageError
 
@@ -292,9 +292,10 @@ def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta,
     if rank != 0:
         reach(place, join_seconds)
     try:
-        meeting = MeetingPlace(place, join_seconds)
-        store = meeting.store
-        check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
+        with without_native_log():
+            meeting = MeetingPlace(place, join_seconds)
+            store = meeting.store
+            check_ranks(store, rank, world_size, describe_rank(settings, kind), join_seconds)
         _check_factors(world_size, parallel)  # all ranks have the same sizes, so all say so
         compared = True
         meeting.all_met()
@@ -308,9 +309,5 @@ def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta,
                 f"Set MASTER_PORT (torchrun: --master-port) to a free port, e.g. {network.free_port()}."
             ) from error
         # another program at that address will not go away by itself; a launcher may have chosen it anew
-        first = text.splitlines()[0].rstrip(".")
         kind_of_error = ClusterError if compared else exit_records.never_met
-        raise kind_of_error(
-            f"rank {rank} of {world_size} cannot join the others at {address}:{port}: {first}. "
-            f"Check that all of them were started and that the address is reachable from this host."
-        ) from error
+        raise kind_of_error(not_joined(place, error)) from error

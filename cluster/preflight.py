@@ -112,8 +112,8 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
     verdict = json.loads(_read(store, "verdict", 2 * timeout_seconds))
     exit_records.meet()
     store.set(f"read/{rank}", "")
-    if rank == 0 and (verdict["missing"] or verdict["problems"]):
-        # the store ends with this process: first the others read from it
+    if rank == 0:
+        # the store ends with this process, and so may this process whatever the verdict: first the others read from it
         present = [other for other in range(world_size) if other not in verdict["missing"]]
         _come(store, [f"read/{other}" for other in present], _LINGER_SECONDS)
     for line in verdict["warnings"]:

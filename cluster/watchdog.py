@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from longspan.cluster import exit_records
 from longspan.cluster.collectives import recorder
 from longspan.cluster.config import PHASE_ALLOWANCES
 from longspan.cluster.heartbeat import Beat, Seen, Verdict, current_place, died, judge, silence_limit
-from longspan.errors import EXIT_HANG, EXIT_OK, EXIT_UNEXPECTED, ClusterError, HangError, LongspanError
+from longspan.errors import EXIT_FAULT, EXIT_HANG, EXIT_OK, EXIT_UNEXPECTED, ClusterError, HangError, LongspanError
 
 _BEAT_SECONDS = 1.0
 # a rank that has been in one phase for so long, or for a quarter of the limit if that is less, tells its collectives
@@ -91,7 +92,7 @@ class Watchdog:
         if self._world_size > 1:
             self._connect()
             work = self._serve if self._rank == 0 else self._report
-            self._thread = threading.Thread(target=work, name="watchdog", daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(work,), name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -134,10 +135,13 @@ class Watchdog:
         age = time.monotonic() - self._entered
         if age < 2 * self._interval or self._mine.left is not None:
             return replace(self._mine, age_seconds=age)
-        waiting, place = current_place(threading.get_ident())
-        calls = None
+        # both look at what other threads change meanwhile; a beat without them is worth more than none
+        waiting, place, calls = "", "", None
+        with contextlib.suppress(Exception):
+            waiting, place = current_place(threading.get_ident())
         if age > min(_TELL_CALLS_SECONDS, self._limit / 4):
-            calls = recorder().told()
+            with contextlib.suppress(Exception):
+                calls = recorder().told()
         return replace(self._mine, age_seconds=age, waiting=waiting, place=place, calls=calls)
 
     def _connect(self) -> None:
@@ -175,6 +179,23 @@ class Watchdog:
             return
         if hmac.compare_digest(str(hello.get("token")), token):
             self._peers[int(hello["rank"])] = line
+
+    def _watch(self, work: Callable[[], None]) -> None:
+        """The thread: do `work`; if it fails, end the run, which would go on unwatched."""
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            message = (
+                f"the watchdog of rank {self._rank} on host {self._mine.host} failed: {type(error).__name__}: {error}."
+            )
+            verdict = self._verdict or Verdict(EXIT_FAULT, message, ())
+            farewell = replace(self._mine, left=verdict.exit_code, message=verdict.message)
+            for line in self._peers.values():
+                line.send({"verdict": asdict(verdict)} if self._rank == 0 else asdict(farewell))
+            with contextlib.suppress(Exception):
+                self._drain()
+            self._end(verdict)
 
     def _serve(self) -> None:
         """Rank 0's thread: hear all, judge, tell all."""
@@ -270,7 +291,8 @@ class Watchdog:
             return
         if self._rank in verdict.culprits:
             faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-            os.write(2, "\n".join(["Last collectives:", *recorder().lines()[-_SHOWN_CALLS:], ""]).encode())
+            with contextlib.suppress(Exception):
+                os.write(2, "\n".join(["Last collectives:", *recorder().lines()[-_SHOWN_CALLS:], ""]).encode())
         message = f"{verdict.message} All ranks end; go on from the last checkpoint with --resume."
         exit_records.note(message)
         if not exit_records.launcher_listens():  # which says it once for all ranks
@@ -281,7 +303,7 @@ class Watchdog:
         """Write what this process was doing beside the run's other files; best effort, it must end in any case."""
         if self._dumps is None:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self._dumps.mkdir(parents=True, exist_ok=True)
             with (self._dumps / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
                 print(

@@ -101,10 +101,11 @@ def _drop_output() -> None:
 
 def _fail(as_json: bool, message: str, exit_code: int, done: Mapping[str, Any] = MappingProxyType({})) -> int:
     exit_records.note(message)
-    if exit_records.speaks():
-        print(f"longspan: {message}", file=sys.stderr, flush=True)
+    said = exit_records.to_say(message)
+    if said is not None:
+        print(f"longspan: {said}", file=sys.stderr, flush=True)
         if as_json:
-            print(json.dumps({**done, "error": message, "exit_code": exit_code}), flush=True)
+            print(json.dumps({**done, "error": said, "exit_code": exit_code}), flush=True)
     return exit_code
 
 

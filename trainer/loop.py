@@ -182,7 +182,7 @@ class Run:
                 )
             return resumed
         if resume:
-            self.note(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the first step")
+            self.note(f"{self.run_dir} holds no checkpoint yet; starting from the first step")
         if init_from is not None:
             vocabulary = self.source.manifest.vocabulary
             self.note(f"weights from {load_initial_weights(self.engine, self.config, vocabulary, init_from)}")

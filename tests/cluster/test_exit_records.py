@@ -99,6 +99,36 @@ def test_without_a_launcher_codes_stay_as_they_are(monkeypatch: pytest.MonkeyPat
     assert [exit_records.leave(code) for code in (0, 2, 75)] == [0, 2, 75]
 
 
+def start_rank(rank: int, folder: Path, port: int, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+    """`longspan ARGUMENT...` as one of two ranks of this host, started by hand."""
+    place = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "longspan.trainer.cli", *arguments]
+    environment = {**os.environ, **place, **meeting, **changes}
+    return subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_only_a_later_rank_of_a_host_knows_is_said_by_it(tmp_path: Path) -> None:
+    for _ in range(2):  # a second start is no part of the first
+        process = start_rank(1, tmp_path, 29801, "train", "nofile.yaml")
+        said = process.communicate(timeout=60)[1].splitlines()
+        assert process.returncode == 2
+        assert len(said) == 1 and said[0].startswith("longspan: rank 1: no recipe at nofile.yaml"), said
+
+
+def test_what_all_ranks_of_a_host_know_is_said_once(tmp_path: Path) -> None:
+    ranks = [start_rank(rank, tmp_path, 29803, "train", "nofile.yaml") for rank in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "no recipe at nofile.yaml" in said[0] and said[1] == ""
+
+
+def test_another_problem_than_the_first_ranks_is_said_too(tmp_path: Path) -> None:
+    ranks = [start_rank(rank, tmp_path, 29804, "train", f"{'ab'[rank]}.yaml") for rank in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    assert "longspan: no recipe at a.yaml" in said[0] and "longspan: rank 1: no recipe at b.yaml" in said[1]
+
+
 def test_torchrun_around_two_workers_keeps_their_code_and_restarts_nothing(module: str) -> None:
     result = run_node(NodeLaunch(module, ("codes", "0", "75"), processes=2, max_restarts=2))
     assert (result.exit_code, result.restarts) == (75, 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from longspan.cluster import heartbeat
 from longspan.cluster.heartbeat import SILENCE_SECONDS, Beat, Seen, current_place, judge
 
 
@@ -95,3 +98,31 @@ def test_the_place_of_a_thread_that_waits_in_a_collective(monkeypatch: pytest.Mo
         thread.join(timeout=5)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_frame_at_an_instruction_without_a_line_has_a_place() -> None:
+    """Compilers leave lines out: `f_lineno` is None there."""
+    started, stop = threading.Event(), threading.Event()
+
+    def spin() -> None:
+        started.set()
+        while not stop.is_set():
+            pass
+
+    code, no_line = spin.__code__, 15  # of the kinds of entries in CPython's location table, each of 8 code units here
+    table = bytes([0x80 | no_line << 3 | 7] * (len(code.co_code) // 16 + 1))
+    source = str(Path(heartbeat.__file__).resolve().parent.parent / "trainer" / "loop.py")
+    spin.__code__ = code.replace(co_linetable=table, co_filename=source)
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        assert started.wait(timeout=10)
+        deadline = time.monotonic() + 10
+        frame = sys._current_frames()[thread.ident or 0]
+        while frame.f_code is not spin.__code__ and time.monotonic() < deadline:
+            frame = sys._current_frames()[thread.ident or 0]
+        assert frame.f_lineno is None
+        assert current_place(threading.get_ident()) == ("", "trainer/loop.py:0 spin")
+    finally:
+        stop.set()
+        thread.join(timeout=5)

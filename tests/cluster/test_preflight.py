@@ -44,6 +44,28 @@ def test_equal_ranks_pass() -> None:
     assert check(rank(), rank(host="two"), rank()) == [None, None, None]
 
 
+def test_rank_zero_stays_until_all_have_read_that_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves the store, and may end right after: processes that agree need not factor."""
+    store, read, left = dist.HashStore(), preflight._read, []
+
+    def late(store: dist.Store, key: str, timeout_seconds: float) -> bytes:
+        if key == "verdict" and threading.current_thread().name == "1":
+            time.sleep(1)
+        return read(store, key, timeout_seconds)
+
+    def live(number: int) -> None:
+        preflight.check_ranks(store, number, 2, rank(), 10.0)
+        left.append(number)
+
+    monkeypatch.setattr(preflight, "_read", late)
+    threads = [threading.Thread(target=live, args=(number,), name=str(number)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert left == [1, 0]
+
+
 def test_other_settings_are_named_with_rank_host_and_field_on_all_ranks() -> None:
     other = rank(host="two", settings={"seed": 1, "data": {"lanes": 4, "sources": [1, 3], "extra": True}})
     errors = check(rank(), rank(), other)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from two_trainers import FAULT_STEP, End, run_two, write_recipe
 
+from longspan.cluster import heartbeat, watchdog
 from longspan.cluster.watchdog import Watchdog
 from longspan.errors import EXIT_FAULT, EXIT_HANG, EXIT_OK
 
@@ -134,3 +135,58 @@ def test_ranks_that_come_and_go_at_different_times(monkeypatch: pytest.MonkeyPat
         rank.join(timeout=20)
     assert not any(rank.is_alive() for rank in ranks)
     assert not ended
+
+
+def two_watched(
+    monkeypatch: pytest.MonkeyPatch, limit_seconds: float, begin: Callable[[int, Watchdog], None]
+) -> list[int]:
+    """Exit codes of two ranks, in threads, that do nothing after `begin` until the watchdog ends both."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(watchdog, "_LINGER_SECONDS", 0.5)  # their connections do not end with them
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    deadline = time.monotonic() + 15
+
+    def live(rank: int, gather: Callable[[Any], list[Any]]) -> None:
+        with Watchdog(rank, 2, limit_seconds, gather) as watched:
+            begin(rank, watched)
+            while len(ended) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    ranks = [threading.Thread(target=live, args=(rank, gather)) for rank, gather in enumerate(gathering(2))]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=20)
+    assert not any(rank.is_alive() for rank in ranks)
+    return ended
+
+
+def planted(*arguments: Any) -> Any:
+    raise TypeError("planted")
+
+
+@pytest.mark.parametrize("part", ["current_place", "recorder"])
+def test_a_beat_is_sent_without_what_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Rank 1 stands still; that no place or call can be told of it must not save it."""
+    monkeypatch.setattr(watchdog, part, planted)
+
+    def begin(rank: int, watched: Watchdog) -> None:
+        for step in range(2 - rank):
+            watched.phase("step", step)
+
+    assert two_watched(monkeypatch, 1.0, begin) == [EXIT_HANG, EXIT_HANG]
+
+
+@pytest.mark.parametrize(("failing", "owner", "name"), [(0, watchdog, "judge"), (1, Watchdog, "_over_rank_zero")])
+def test_a_watchdog_that_fails_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], failing: int, owner: object, name: str
+) -> None:
+    monkeypatch.setattr(owner, name, planted)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.2)
+
+    assert two_watched(monkeypatch, 20.0, lambda rank, watched: None) == [EXIT_FAULT, EXIT_FAULT]
+    said = capfd.readouterr().err
+    message = rf"the watchdog of rank {failing} on host \S+ failed: TypeError: planted\. All ranks end"
+    assert len(re.findall(message, said)) == 2, said
+    assert "Traceback" in said and "in planted" in said

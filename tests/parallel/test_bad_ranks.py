@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, recipe: Path, run: Path, settings: list[list[str]], environment: dict[str, str]) -> Any:
-    """`longspan train` with this rank's settings; its exit code, what it says, and seconds."""
+    """`longspan train` with this rank's settings; its exit code, what it and torch's C++ say, and seconds."""
     os.environ.update(environment)
     sets = [part for setting in settings[rank % len(settings)] for part in ("--set", setting)]
-    started = time.monotonic()
-    return *command_line(rank, ["train", str(recipe), "--run-dir", str(run), *sets]), time.monotonic() - started
+    started, before = time.monotonic(), os.dup(2)
+    with tempfile.TemporaryFile() as native:
+        os.dup2(native.fileno(), 2)
+        try:
+            code, said = command_line(rank, ["train", str(recipe), "--run-dir", str(run), *sets])
+        finally:
+            os.dup2(before, 2)
+        native.seek(0)
+        return code, said + native.read().decode(), time.monotonic() - started
 
 
 def ends(
@@ -51,6 +60,12 @@ def test_processes_that_do_not_factor(recipe: Path, tmp_path: Path) -> None:
     codes, said, _ = ends(recipe, tmp_path, 3, [["parallel.tp=2"]])
     assert codes == [2, 2, 2]
     assert len(said) == 1 and "3 processes do not factor into parallel.tp = 2 x parallel.cp = 1" in said[0]
+
+
+def test_a_size_that_differs_is_named_before_what_does_not_factor(recipe: Path, tmp_path: Path) -> None:
+    codes, said, _ = ends(recipe, tmp_path, 3, [["parallel.tp=2"], ["parallel.tp=1"], ["parallel.tp=2"]])
+    assert codes == [2, 2, 2]
+    assert "differs in parallel.tp: 1 there, 2 on rank 0" in "\n".join(said) and len(said) == 3, said
 
 
 def test_sizes_that_do_not_divide_are_one_message_with_all_of_them(recipe: Path, tmp_path: Path) -> None:
@@ -118,3 +133,24 @@ def test_a_program_that_listens_there_and_says_nothing(recipe: Path, tmp_path: P
         codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)
     assert codes == [2] and seconds < LIMIT + 30
     assert len(said) == 1 and "rank 1 of 2 cannot join the others" in said[0] and "gives no answer within" in said[0]
+    assert "another program" in said[0] and "MASTER_PORT" in said[0]
+
+
+def test_a_program_that_answers_otherwise(recipe: Path, tmp_path: Path) -> None:
+    def serve() -> None:
+        while True:
+            try:
+                connection = web.accept()[0]
+            except OSError:
+                return
+            with connection:
+                if connection.recv(100):
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as web:
+        threading.Thread(target=serve, daemon=True).start()
+        other = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(web.getsockname()[1])}
+        codes, said, seconds = ends(recipe, tmp_path, 1, [[f"parallel.timeout_seconds={LIMIT}"]], other)
+    assert codes == [2] and seconds < LIMIT + 30
+    assert len(said) == 1 and f"rank 1 of 2 cannot join the others at 127.0.0.1:{other['MASTER_PORT']}" in said[0]
+    assert "another program listens there" in said[0] and "MASTER_PORT" in said[0]
