@@ -40,9 +40,9 @@ class Config:
     num_warps: int
 
 
-FORWARD_CONFIGS = (Config(4096, 4), Config(2048, 4), Config(8192, 8), Config(4096, 8))
+FORWARD_CONFIG = Config(4096, 4)
 # 32,768 x 1024 on an H100: 97 us; with one warp 99, with 512 programs of 4 warps 104, without loads ahead 102.
-BACKWARD_CONFIGS = (Config(512, 2), Config(2048, 4))
+BACKWARD_CONFIG = Config(512, 2)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "tile_tokens"])
@@ -199,9 +199,7 @@ def _sizes(x: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
     return rows, rows if mask is None else max(1, x.shape[-2]), 1 if mask is None else mask.shape[0]
 
 
-def norm_forward(
-    x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None, config: Config = FORWARD_CONFIGS[0]
-) -> tuple[Tensor, Tensor]:
+def norm_forward(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The forward pass without autograd.
 
     Args:
@@ -209,7 +207,6 @@ def norm_forward(
         delta: like x, contiguous, or None.
         weight: [D].
         mask: [M, D], contiguous, or None.
-        config: one of FORWARD_CONFIGS.
 
     Returns:
         total = x + delta (x itself without delta); RMS(total) * weight * mask.
@@ -218,7 +215,7 @@ def norm_forward(
     rows, tokens, tile_tokens = _sizes(x, mask)
     total = x if delta is None else torch.empty_like(x)
     h = torch.empty_like(x)
-    tile = _tile(config, dim)
+    tile = _tile(FORWARD_CONFIG, dim)
     norm_fwd_kernel[(blocks_of(rows, tile["BLOCK_ROWS"]),)](
         x,
         delta,
@@ -244,7 +241,6 @@ def norm_backward(
     mask: Tensor | None,
     dresidual: Tensor | None,
     dh: Tensor,
-    config: Config = BACKWARD_CONFIGS[0],
 ) -> tuple[Tensor, Tensor]:
     """The backward pass.
 
@@ -253,7 +249,6 @@ def norm_backward(
         weight, mask: as in the forward pass.
         dresidual: like x, contiguous: gradient of x that does not come through the norm; None = zero.
         dh: like x, contiguous: gradient of the norm.
-        config: one of BACKWARD_CONFIGS.
 
     Returns:
         Gradients of x (like x) and of the weight ([D], in its type).
@@ -263,7 +258,7 @@ def norm_backward(
     if rows == 0:
         return torch.empty_like(x), torch.zeros_like(weight)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-    tile = _tile(config, dim, 512)
+    tile = _tile(BACKWARD_CONFIG, dim, 512)
     programs = BACKWARD_WARPS // min(16, tile["num_warps"])
     partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
     norm_bwd_kernel[(programs,)](

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longspan.trainer import cli
 from longspan.trainer.bench import training_step
@@ -109,6 +111,32 @@ def test_contenders_that_take_turns_are_measured_alike(capsys: pytest.CaptureFix
     for row in result["rows"]:
         if row["status"] == "measured":
             assert row["repeats"] == 3 and all(row[number] > 0 for number in ROW_NUMBERS)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6], ids=["first", "warm", "timed"])
+def test_a_contender_that_breaks_in_a_turn_leaves_the_others(
+    call: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = training_step._ours, []
+
+    def broken(config: Any, *rest: Any) -> Any:
+        work = real(config, *rest)
+        if config.name != "rec_fixed_skip_quickstart":
+            return work
+
+        def step() -> None:
+            calls.append(1)
+            if len(calls) == call:
+                raise torch.cuda.OutOfMemoryError("no room")
+            work.call()
+
+        return dataclasses.replace(work, call=step)
+
+    monkeypatch.setattr(training_step, "_ours", broken)
+    _, out = run(capsys, "step", *SMALL["step"], "--no-peers", "--in-turns", "--json", code=70)
+    rows = json.loads(out.splitlines()[-2])["rows"]
+    assert [row["status"] for row in rows] == ["failed", "measured"] and len(calls) == call
+    assert "no room" in rows[0]["note"] if call == 1 else "without --in-turns" in rows[0]["note"]
 
 
 def test_a_missing_peer_is_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig, SlidingWindowConfig
 from longspan.modeling.flops import train_flops_per_token
 from longspan.trainer.bench.ceilings import Ceilings
-from longspan.trainer.bench.clock import time_calls, time_in_turns
+from longspan.trainer.bench.clock import Timing, time_calls, time_in_turns
 from longspan.trainer.bench.floors import Cost, chain_costs, floor_ms, loss_costs, step_costs, window_costs
 from longspan.trainer.bench.profile import kernel_table
 
@@ -75,6 +75,7 @@ def test_turns_alternate_and_give_each_call_its_own_times() -> None:
 
     calls = [lambda: call("quick", 0.001), lambda: call("slow", 0.010)]
     quick, slow = time_in_turns(calls, torch.device("cpu"), repeat=6, first_seconds=[1.0, 2.0])
+    assert isinstance(quick, Timing) and isinstance(slow, Timing)
     assert order == ["quick"] * 2 + ["slow"] * 2 + ["quick"] * 4 + ["slow"] * 8 + ["quick"] * 4
     assert quick.repeats == slow.repeats == 6
     assert (quick.first_call_seconds, slow.first_call_seconds) == (1.0, 2.0)

@@ -72,25 +72,23 @@ def test_every_type_equals_fp64(kind: str, shape: tuple[int, ...], tile: int | N
 
 
 @pytest.mark.parametrize("dim", [64, 1024, 1000, 2560])
-def test_every_configuration(dim: int) -> None:
+def test_both_passes_by_themselves(dim: int) -> None:
     from longspan.kernels.norm import triton as kernels
 
     t = inputs((2, 999, dim), 128, torch.bfloat16)
     total = t["x"].double() + t["delta"].double()
     h = reference.rms_norm(total, t["weight"].double(), t["mask"].double())
-    for config in kernels.FORWARD_CONFIGS:
-        with poisoned_memory():
-            ours = kernels.norm_forward(t["x"], t["delta"], t["weight"], t["mask"], config)
-        assert relative_error(ours[0], total) < 1e-2, config
-        assert relative_error(ours[1], h) < 1e-2, config
+    with poisoned_memory():
+        ours = kernels.norm_forward(t["x"], t["delta"], t["weight"], t["mask"])
+    assert relative_error(ours[0], total) < 1e-2
+    assert relative_error(ours[1], h) < 1e-2
     x, weight = t["x"].double().requires_grad_(), t["weight"].double().requires_grad_()
     y = reference.rms_norm(x, weight, t["mask"].double())
     dx, dweight = torch.autograd.grad(y, [x, weight], t["d_h"].double())
-    for config in kernels.BACKWARD_CONFIGS:
-        with poisoned_memory():
-            got = kernels.norm_backward(t["x"], t["weight"], t["mask"], t["d_total"], t["d_h"], config)
-        assert relative_error(got[0], dx + t["d_total"].double()) < 1e-2, config
-        assert relative_error(got[1], dweight) < 1e-2, config
+    with poisoned_memory():
+        got = kernels.norm_backward(t["x"], t["weight"], t["mask"], t["d_total"], t["d_h"])
+    assert relative_error(got[0], dx + t["d_total"].double()) < 1e-2
+    assert relative_error(got[1], dweight) < 1e-2
 
 
 def test_the_gradient_of_the_weight_is_the_same_every_time() -> None:

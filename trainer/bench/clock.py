@@ -74,7 +74,7 @@ def time_calls(
 
 def time_in_turns(
     calls: list[Callable[[], object]], device: torch.device, *, repeat: int | None, first_seconds: list[float]
-) -> list[Timing]:
+) -> list[Timing | Exception]:
     """Time calls that have run once already, a few of each in turn, every other round in reverse order.
 
     A GPU at its power limit slows down while it gets warm: contenders that are measured one after another meet
@@ -85,20 +85,34 @@ def time_in_turns(
         device: where they run.
         repeat: timed calls of each, rounded up to whole turns; None: as many as fill the time set aside.
         first_seconds: what the first call of each took, for the result.
+
+    Returns:
+        In order; for a call that broke what it raised, while the others went on without it.
     """
-    kept = _TURN_CALLS - 1
-    slowest = max(_warm(call, device) for call in calls)
-    rounds = -(-(repeat or _calls_in(slowest, device)) // kept)
+    broken: dict[int, Exception] = {}
     times: list[list[float]] = [[] for _ in calls]
     hosts: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
+    slowest = 0.0
+    for place, call in enumerate(calls):
+        try:
+            slowest = max(slowest, _warm(call, device))
+        except Exception as error:
+            broken[place] = error
+    for number in range(-(-(repeat or _calls_in(slowest, device)) // (_TURN_CALLS - 1))):
         order = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
-        for place in order:
-            found, host = _times(calls[place], device, _TURN_CALLS, flush=False)
+        for place in (one for one in order if one not in broken):
+            try:
+                found, host = _times(calls[place], device, _TURN_CALLS, flush=False)
+            except Exception as error:
+                broken[place] = error
+                continue
             times[place] += found[1:]
             hosts[place].append(host)
-    together = zip(times, hosts, first_seconds, strict=True)
-    return [_timing(found, statistics.fmean(host), first) for found, host, first in together]
+    together = enumerate(zip(times, hosts, first_seconds, strict=True))
+    return [
+        broken[place] if place in broken else _timing(found, statistics.fmean(host), first)
+        for place, (found, host, first) in together
+    ]
 
 
 def _calls_in(seconds: float, device: torch.device) -> int:

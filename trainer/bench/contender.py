@@ -109,30 +109,33 @@ class Session:
         self._clear()
         found = [self._or_why_not(one, partial(self._ready, one)) for one in contenders]
         ready = [one for one in found if isinstance(one, _Ready)]
-        if not ready:
-            return [one for one in found if isinstance(one, Row)]
         timings = time_in_turns(
             [one.work.call for one in ready],
             self.device,
             repeat=self.common.repeat,
             first_seconds=[one.first_seconds for one in ready],
         )
-        rows = iter([self._row(one, timing) for one, timing in zip(ready, timings, strict=True)])
+        rows = iter(
+            [
+                self._or_why_not(one.contender, partial(self._timed_in_turns, one, timing))
+                for one, timing in zip(ready, timings, strict=True)
+            ]
+        )
         return [one if isinstance(one, Row) else next(rows) for one in found]
 
     def _or_why_not(self, contender: Contender, get: Callable[[], T]) -> T | Row:
         """What `get` returns, or a row that says why it did not."""
-        print(f"bench: {contender.name}, {contender.case}", file=sys.stderr, flush=True)
         try:
             return get()
         except Unavailable as error:
             return Row(contender.name, contender.case, error.status, note=str(error))
         except Exception as error:  # a peer may break in any way, and the others should still be measured
             if contender.name == OURS:
-                traceback.print_exc()
+                traceback.print_exception(error)
             return Row(contender.name, contender.case, "failed", note=_first_line(error))
 
     def _ready(self, contender: Contender) -> _Ready:
+        print(f"bench: {contender.name}, {contender.case}", file=sys.stderr, flush=True)
         held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         work = contender.prepare()
         first_seconds = first_call(work.call, self.device)
@@ -145,6 +148,13 @@ class Session:
         timing = time_calls(
             work.call, self.device, repeat=self.common.repeat, first_seconds=ready.first_seconds, flush=work.small
         )
+        return self._row(ready, timing)
+
+    def _timed_in_turns(self, ready: _Ready, timing: Timing | Exception) -> Row:
+        if isinstance(timing, torch.cuda.OutOfMemoryError):
+            raise MemoryError("out of memory beside the others; alone, without --in-turns, it may fit") from timing
+        if isinstance(timing, Exception):
+            raise timing
         return self._row(ready, timing)
 
     def _row(self, ready: _Ready, timing: Timing) -> Row:
