@@ -27,7 +27,7 @@ LAYER_TENSORS = 10
 RECURRENT_TENSORS = 23
 
 
-def host_seconds(setting: Setting, rates: HostRates, calls: float, messages: int = 0) -> float:
+def host_seconds(setting: Setting, rates: HostRates, calls: float, messages: float = 0.0) -> float:
     """Time in which the host launches one micro-batch.
 
     Args:
@@ -49,20 +49,33 @@ def engine_seconds(setting: Setting, rates: HostRates) -> float:
     return 0.0 if setting.optimizer == "none" else rates.engine_us * 1e-6
 
 
-def message_calls(layers: Iterable[tuple[LayerMessages, int]], slices: int, truncate: bool, ends: int) -> int:
+def tensor_calls(messages: LayerMessages, sums_again: int, calls: float) -> float:
+    """Sums and gathers over tensor-parallel ranks that one rank starts for one layer in a micro-batch.
+
+    Every run of the stack has its own; gradients of the state path are summed once in a backward pass.
+
+    Args:
+        messages: of the layer.
+        sums_again: how many sums its recomputation repeats.
+        calls: how often the stack runs for one segment.
+    """
+    gathers = bool(messages.gather)
+    return calls * ((4 + sums_again) * bool(messages.sums) + 2 * gathers) + gathers
+
+
+def message_calls(layers: Iterable[tuple[LayerMessages, float]], slices: int, truncate: bool, ends: int) -> float:
     """Messages and collectives that one rank starts in a micro-batch, all hops of a halo counted as one.
 
     Args:
-        layers: messages of each layer, and how many sums its recomputation repeats.
+        layers: messages of each layer, and its `tensor_calls`.
         slices: parts in which a state is handed on.
         truncate: no gradient of a state crosses ranks.
         ends: those of embedding, loss and the state after the segment.
     """
-    found = ends
-    for layer, sums_again in layers:
-        found += 2 * bool(layer.halo) + (1 if truncate else 2) * slices * bool(layer.carry)
+    found: float = ends
+    for layer, tensor in layers:
+        found += tensor + 2 * bool(layer.halo) + (1 if truncate else 2) * slices * bool(layer.carry)
         found += 2 * layer.ring_hops + 3 * bool(layer.scan)
-        found += (4 + sums_again) * bool(layer.sums) + 3 * bool(layer.gather)
     return found
 
 

@@ -8,7 +8,7 @@ from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.memory import GIB, Memory, plan_memory
 from longspan.trainer.plan.parameters import count_parameters, paper_count, total_parameters
 from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.timing import StepTime, plan_step
+from longspan.trainer.plan.timing import StepTime, plan_step, runs_by_block
 
 
 def make_plan(setting: Setting, hardware: Hardware) -> dict[str, Any]:
@@ -86,17 +86,18 @@ def assumptions(setting: Setting, hardware: Hardware, memory: Memory, step: Step
     mixers = {layer.mixer for layer in setting.model.layers}
     for name in sorted(mixers & {"full_attention", "linear_attention"}):
         lines.append(f"{name} runs as plain PyTorch: its memory and time are rough")
-    if setting.model.memory is not None or setting.model.feedback:
+    if runs_by_block(setting.model):
         lines.append("the stack is serial over blocks (memory or feedback): its time is rough")
     if setting.precision == "fp32":
         lines.append("fp32: attention is taken at half its bf16 rate")
     if setting.offload_optimizer:
         lines.append(f"the optimizer's state is in the host's memory; {hardware.offload.source}")
     if step.host > step.device:
+        # the blocks of such a stack are launched one by one: twice the segment, twice the launches
+        free = "a larger micro-batch is" if runs_by_block(setting.model) else "a larger micro-batch or segment is"
         lines.append(
             f"launching kernels takes longer ({1e3 * step.host:.0f} ms a micro-batch) than running them "
-            f"({1e3 * step.device:.0f} ms): a larger micro-batch is free, or a longer segment, up to "
-            f"{step.host / step.device:.1f} times the tokens"
+            f"({1e3 * step.device:.0f} ms): {free} free, up to {step.host / step.device:.1f} times the tokens"
         )
     if memory.total / GIB > hardware.memory_gib:
         lines.append("does not fit: lower the micro-batch, or set training.activation_checkpointing to layer")
@@ -135,5 +136,6 @@ def text(plan: dict[str, Any]) -> str:
     if step["engine_seconds"]:
         lines.append(f"  {'around the update, on the host':<38}{1e3 * step['engine_seconds']:>7.1f} ms")
     if step["bound_by"] == "host":
-        lines.append(f"  {'launches, which the device waits for':<38}{1e3 * step['host_seconds']:>7.1f} ms")
+        wait = step["host_seconds"] - step["device_seconds"]
+        lines.append(f"  {'waiting for launches':<38}{1e3 * wait:>7.1f} ms")
     return "\n".join([*lines, "", "Assumed:", *(f"  {line}" for line in plan["assumptions"])])

@@ -13,6 +13,7 @@ from longspan.trainer.plan.memory import GIB, plan_memory
 from longspan.trainer.plan.predict import Prediction, predict, reference
 from longspan.trainer.plan.setting import Setting
 from longspan.trainer.plan.simulate import MAX_RANKS, simulate
+from longspan.trainer.plan.timing import runs_by_block
 from longspan.trainer.plan.work import Workshop
 
 LEAST_EFFICIENCY = 0.8
@@ -176,7 +177,8 @@ def _launch_warning(planner: Planner, candidate: Candidate) -> str:
     served = ", or ".join(found[place] for place in sorted(found, reverse=True))
     remedy = f": {served}." if served else ", fewer ranks of cp and tp, or a lower ZeRO stage."
     share = f"the GPU waits {100 * candidate.waiting:.0f}% of the step for launches"
-    return f"bound by the host: {share}. Take larger micro-batches or longer segments{remedy}"
+    larger = "larger micro-batches" + ("" if runs_by_block(job.setting.model) else " or longer segments")
+    return f"bound by the host: {share}. Take {larger}{remedy}"
 
 
 def _job(job: Job, longer: int, more: int) -> Job:

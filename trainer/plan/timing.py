@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from longspan.modeling.config import BlockRecurrentConfig
+from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
 from longspan.modeling.flops import Operation, layer_operations, stack_tokens_per_token, train_flops_per_token
 from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.host import engine_seconds, host_seconds
@@ -142,10 +142,14 @@ def ends_time(setting: Setting, hardware: Hardware) -> StepTime:
     return step
 
 
+def runs_by_block(config: ModelConfig) -> bool:
+    """Whether the stack runs once a block, so that a longer segment takes more launches: memory and feedback."""
+    return config.memory is not None or config.feedback
+
+
 def stack_calls(setting: Setting) -> float:
     """How often the stack runs for one segment."""
-    config = setting.model
-    return setting.segment_tokens / config.window_tokens if config.memory is not None or config.feedback else 1.0
+    return setting.segment_tokens / setting.model.window_tokens if runs_by_block(setting.model) else 1.0
 
 
 def _layer(step: StepTime, setting: Setting, hardware: Hardware, layer: object, calls: float) -> None:

@@ -11,11 +11,11 @@ from functools import cached_property, lru_cache
 
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
 from longspan.trainer.plan.hardware import Hardware
-from longspan.trainer.plan.host import engine_seconds, host_seconds, message_calls
+from longspan.trainer.plan.host import engine_seconds, host_seconds, message_calls, tensor_calls
 from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.parameters import total_parameters
 from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.timing import StepTime, ends_time, layer_time, stack_calls, update_seconds
+from longspan.trainer.plan.timing import StepTime, ends_time, layer_time, runs_by_block, stack_calls, update_seconds
 from longspan.trainer.plan.traffic import (
     LayerMessages,
     ends_sums,
@@ -69,6 +69,7 @@ class LayerWork:
             sums and gathers of tensor-parallel ranks; the others were kept.
         messages: of this layer.
         sums_again: how many of the two sums over tensor-parallel ranks the recomputation repeats.
+        tensor_calls: sums and gathers over tensor-parallel ranks that the host starts in a micro-batch.
     """
 
     forward: Seconds
@@ -76,6 +77,7 @@ class LayerWork:
     again: Seconds
     messages: LayerMessages
     sums_again: int = 0
+    tensor_calls: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Workshop:
         truncate = self.job.state_grad == "truncate"
         tensors = _tensors(model) if layout.cp > 1 else 0
         messages = message_calls(
-            [(layer.messages, layer.sums_again) for layer in layers],
+            [(layer.messages, layer.tensor_calls) for layer in layers],
             layout.state_slices,
             truncate,
             tensors + (TENSOR_ENDS if layout.tp > 1 else 0),
@@ -178,8 +180,10 @@ class Workshop:
             layers = []
             for layer in plain.model.layers:
                 seconds = self._timed_layer(plain, layer, layout.state_slices, layout.cp)
-                layers += [LayerWork(*seconds, layer_messages(plain, layer, layout.cp), again)] * layer.repeat
-            if layout.cp > 1 and (plain.model.memory is not None or plain.model.feedback):
+                messages = layer_messages(plain, layer, layout.cp)
+                started = tensor_calls(messages, again, stack_calls(plain))
+                layers += [LayerWork(*seconds, messages, again, started)] * layer.repeat
+            if layout.cp > 1 and runs_by_block(plain.model):
                 layers = [_one_chain(layers, plain)]
             self._made[key] = tuple(layers), ends_time(plain, self.hardware)
         return self._made[key]
@@ -232,7 +236,10 @@ def _one_chain(layers: list[LayerWork], setting: Setting) -> LayerWork:
         name: sum(getattr(layer.messages, name) for layer in layers) for name in ("sums", "gather", "path_gradients")
     }
     messages = LayerMessages(carry=carry, **summed)
-    return LayerWork(Seconds(chain=forward), Seconds(chain=backward), Seconds(), messages, layers[0].sums_again)
+    started = sum(layer.tensor_calls for layer in layers)
+    return LayerWork(
+        Seconds(chain=forward), Seconds(chain=backward), Seconds(), messages, layers[0].sums_again, started
+    )
 
 
 def _tensors(model: ModelConfig) -> int:
