@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longspan.errors import ShapeError
+from longspan.errors import ShapeError, UsageError
 
 Backend = Literal["triton", "reference"]
 VARIABLE = "LONGSPAN_KERNELS"
@@ -61,7 +61,7 @@ def choose(operation: str, *tensors: Tensor, unsupported: str | None = None) -> 
 
     Raises:
         ShapeError: the tensors are on different devices.
-        ValueError: LONGSPAN_KERNELS has no such value.
+        UsageError: LONGSPAN_KERNELS has no such value, or asks for Triton where it cannot run.
     """
     devices = {x.device for x in tensors}
     if len(devices) > 1:
@@ -81,7 +81,12 @@ def _wanted(device: torch.device) -> Backend:
         return forced_backend
     value = os.environ.get(VARIABLE, "auto")
     if value not in _CHOICES:
-        raise ValueError(f"{VARIABLE} = {value!r}: use one of {', '.join(_CHOICES)}.")
+        raise UsageError(f"{VARIABLE} = {value!r}: use one of {', '.join(_CHOICES)}.")
+    if value == "triton" and device.type != "cuda" and not interpreting():
+        raise UsageError(
+            f"{VARIABLE} = triton, but tensors are on {device}: Triton needs a CUDA device, or TRITON_INTERPRET=1 for its "
+            f"interpreter. Set {VARIABLE}=auto."
+        )
     if value != "auto":
         return "triton" if value == "triton" else "reference"
     return "triton" if device.type == "cuda" and _capable(device.index or 0) else "reference"

@@ -113,6 +113,18 @@ def test_contenders_that_take_turns_are_measured_alike(capsys: pytest.CaptureFix
             assert row["repeats"] == 3 and all(row[number] > 0 for number in ROW_NUMBERS)
 
 
+@pytest.mark.parametrize(("value", "told"), [("tritn", "auto, triton, reference"), ("triton", "needs a CUDA device")])
+def test_a_choice_of_kernels_that_cannot_be_is_told_first(
+    value: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGSPAN_KERNELS", value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["bench", "step", *SMALL["step"], "--no-peers"]) == 2
+    error = capsys.readouterr().err
+    assert f"LONGSPAN_KERNELS = {value}".replace(" = tritn", " = 'tritn'") in error and told in error
+    assert "bench: longspan" not in error
+
+
 @pytest.mark.parametrize("call", [1, 3, 6], ids=["first", "warm", "timed"])
 def test_a_contender_that_breaks_in_a_turn_leaves_the_others(
     call: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -68,6 +68,7 @@ def _measure(args: argparse.Namespace, settings: Common, device: Any) -> Any:
     from longspan.trainer.bench.result import Result
 
     started = time.monotonic()
+    kernels = choose("bench", torch.empty(0, device=device))  # a choice that cannot be is told before anything runs
     caches = environment.compile_caches()
     session = Session(settings, device)
     benchmark = importlib.import_module(f"longspan.trainer.bench.{BENCHMARKS[args.benchmark].module}")
@@ -83,7 +84,7 @@ def _measure(args: argparse.Namespace, settings: Common, device: Any) -> Any:
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=environment.describe_device(device),
         versions=environment.versions(),
-        kernels=choose("bench", torch.empty(0, device=device)),
+        kernels=kernels,
         settings=_plain(settings),
         ceilings=dataclasses.asdict(session.ceilings),
         rows=tuple(measured.rows),
