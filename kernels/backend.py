@@ -84,8 +84,8 @@ def _wanted(device: torch.device) -> Backend:
         raise UsageError(f"{VARIABLE} = {value!r}: use one of {', '.join(_CHOICES)}.")
     if value == "triton" and device.type != "cuda" and not interpreting():
         raise UsageError(
-            f"{VARIABLE} = triton, but tensors are on {device}: Triton needs a CUDA device, or TRITON_INTERPRET=1 for its "
-            f"interpreter. Set {VARIABLE}=auto."
+            f"{VARIABLE} = triton, but tensors are on {device}: Triton needs a CUDA device, or TRITON_INTERPRET=1 for "
+            f"its interpreter. Set {VARIABLE}=auto."
         )
     if value != "auto":
         return "triton" if value == "triton" else "reference"
