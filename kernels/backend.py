@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longspan.errors import ShapeError, UsageError
+from longspan.errors import UsageError
+from longspan.kernels.checks import check_devices
 
 Backend = Literal["triton", "reference"]
 VARIABLE = "LONGSPAN_KERNELS"
@@ -63,10 +64,7 @@ def choose(operation: str, *tensors: Tensor, unsupported: str | None = None) -> 
         ShapeError: the tensors are on different devices.
         UsageError: LONGSPAN_KERNELS has no such value, or asks for Triton where it cannot run.
     """
-    devices = {x.device for x in tensors}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ShapeError(f"{operation} got tensors on {names}. Move all of them to one device.")
+    check_devices(operation, *tensors)
     wanted = _wanted(tensors[0].device)
     if wanted == "triton" and unsupported is not None:
         _warn_once(operation, unsupported)

@@ -71,14 +71,9 @@ class LanguageModel(nn.Module):
             next step. Auxiliary losses, weighted and summed over tokens.
 
         Raises:
-            ShapeError: tokens, reset and state do not fit together.
+            ShapeError: tokens, reset and state do not fit together, or are on different devices.
         """
-        if tokens.dim() != 2:
-            raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B, T]. Add the missing dimension.")
-        if 0 in tokens.shape:
-            raise ShapeError(f"tokens are {list(tokens.shape)}: there must be at least one row and one token.")
-        check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum)
-        states.check(state, self.state_spec(), tokens.shape[0])
+        self._check(tokens, state, reset)
         y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)
         y = self.final_norm(y, self.dropout.mask(y))
         if labels is None:
@@ -86,9 +81,19 @@ class LanguageModel(nn.Module):
         return vocabulary_nll(y, self.embedding.weight, labels, self.tensor_shard), state, aux
 
     def advance(self, tokens: Tensor, state: State, *, reset: Tensor) -> State:
-        """The new state alone, without the cost of logits; arguments as of `forward`."""
+        """The new state alone, without the cost of logits; arguments and errors as of `forward`."""
+        self._check(tokens, state, reset)
         new_state: State = self.backbone(self.embedding(tokens), state, reset=reset)[1]
         return new_state
+
+    def _check(self, tokens: Tensor, state: State, reset: Tensor) -> None:
+        """Raises ShapeError unless tokens, state and reset fit together."""
+        if tokens.dim() != 2:
+            raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B, T]. Add the missing dimension.")
+        if 0 in tokens.shape:
+            raise ShapeError(f"tokens are {list(tokens.shape)}: there must be at least one row and one token.")
+        check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum, tokens.device)
+        states.check(state, self.state_spec(), tokens.shape[0], tokens.device)
 
     def reset_rows(self, state: State, rows: Tensor, kinds: tuple[str, ...] = ("recurrent", "cache")) -> State:
         """The state with its tensors of the given kinds at their initial value in the rows bool [B]."""

@@ -97,11 +97,15 @@ def refine_reset(reset: Tensor, tokens: int, coarse: int, fine: int) -> Tensor:
     return refined
 
 
-def check_reset(reset: Tensor, batch: int, tokens: int, quantum: int) -> None:
-    """Raises ShapeError unless `reset` is bool [B, ceil(T/quantum)]."""
+def check_reset(reset: Tensor, batch: int, tokens: int, quantum: int, device: torch.device) -> None:
+    """Raises ShapeError unless `reset` is bool [B, ceil(T/quantum)] on the device of the tokens."""
     wanted = (batch, -(-tokens // quantum))
     if reset.shape != wanted or reset.dtype != torch.bool:
         raise ShapeError(
             f"reset is {reset.dtype} {list(reset.shape)}, expected torch.bool {list(wanted)}: one flag for each "
             f"{quantum} of {tokens} tokens. Make the flags on the grid of the model's quantum."
+        )
+    if reset.device != device:
+        raise ShapeError(
+            f"reset is on {reset.device}, the tokens on {device}. Move both to the model's device with .to(device)."
         )

@@ -109,14 +109,17 @@ def of_kinds(specs: SpecTree, kinds: Collection[str], changed: State, unchanged:
     return tree_map(lambda spec, a, b: a if spec.kind in kinds else b, specs, changed, unchanged)
 
 
-def check(state: State, specs: SpecTree, batch: int) -> None:
+def check(state: State, specs: SpecTree, batch: int, device: torch.device) -> None:
     """Compare a state with what the module expects.
 
+    Args:
+        state: the state. specs: of the module. batch: rows of the tokens. device: of the tokens.
+
     Raises:
-        ShapeError: a tensor is missing, extra, or has another shape; names it and both shapes.
+        ShapeError: a tensor is missing, extra, has another shape or is on another device; names it and both.
     """
     wanted = {name: (batch, *spec.shape) for name, spec in leaves(specs)}
-    given = {name: tuple(tensor.shape) for name, tensor in leaves(state)}
+    given = pack(state)
     if wanted.keys() != given.keys():
         names = sorted(wanted.keys() ^ given.keys())
         raise ShapeError(
@@ -124,8 +127,13 @@ def check(state: State, specs: SpecTree, batch: int) -> None:
             "Use the state of this model: init_state, or what its forward returned."
         )
     for name, shape in wanted.items():
-        if given[name] != shape:
+        if given[name].shape != shape:
             raise ShapeError(
-                f"state tensor {name} is {list(given[name])}, expected {list(shape)} for {batch} rows. "
+                f"state tensor {name} is {list(given[name].shape)}, expected {list(shape)} for {batch} rows. "
                 "Select the rows with index_select, or start them with init_state."
+            )
+        if given[name].device != device:
+            raise ShapeError(
+                f"state tensor {name} is on {given[name].device}, the tokens on {device}. "
+                "Move the state with longspan.modeling.state.to, or the tokens, to the device of the model."
             )

@@ -85,8 +85,8 @@ class BlockRecurrentInputs:
             raise ShapeError(f"reset is {self.reset.dtype}: it must be bool. Use reset.bool().")
         self._check_heads(heads)
         tensors = {name: getattr(self, name) for name in (*wanted, "bias_table", "scale", "state_scale")}
-        for name, tensor in {**tensors, "initial state": self.path.initial}.items():
-            if tensor.device != self.qkv.device:
+        for name, tensor in {**tensors, "initial state": self.path.initial, "drop": self.drop}.items():
+            if tensor is not None and tensor.device != self.qkv.device:
                 raise ShapeError(
                     f"{name} is on {tensor.device}, qkv on {self.qkv.device}. Move all of them to one device."
                 )

@@ -28,13 +28,18 @@ def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         the device, or give NaN.
 
     Raises:
-        ShapeError: labels and hidden have different leading shapes, the widths differ, or labels are not int64.
+        ShapeError: labels and hidden have different leading shapes, the widths differ, V or D is 0, labels are not
+            int64, or devices differ.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ShapeError(f"labels are {list(labels.shape)}, hidden vectors {list(hidden.shape)}: [B, T] and [B, T, D].")
     if hidden.dim() < 2 or embedding.dim() != 2 or embedding.shape[1] != hidden.shape[-1]:
         raise ShapeError(
             f"hidden vectors are {list(hidden.shape)}, the embedding {list(embedding.shape)}: [B, T, D] and [V, D]."
+        )
+    if 0 in embedding.shape:
+        raise ShapeError(
+            f"the embedding is {list(embedding.shape)}: V and D must be at least 1. Pass the whole output embedding."
         )
     if labels.dtype != torch.int64:
         raise ShapeError(f"labels are {labels.dtype}: they must be int64. Use labels.long().")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longspan.errors import ShapeError
+from longspan.kernels.checks import check_devices, check_reset, check_shapes
 from longspan.kernels.linear_attention.reference import chunked
 
 
@@ -17,7 +18,7 @@ def linear_attention(
     (arXiv:2006.16236, section 3.3); S and z are zero before a document. Computed in fp32 or more.
 
     Args:
-        q, k: [B, T, H, K].
+        q, k: [B, T, H, K]; any T > 0.
         v: [B, T, H, V].
         matrix: fp32 [B, H, K, V], S before the first token.
         normaliser: fp32 [B, H, K], z before the first token.
@@ -27,12 +28,25 @@ def linear_attention(
         y [B, T, H, V], fp32 or more; S and z after the last token.
 
     Raises:
-        ShapeError: state, reset and tokens do not fit together.
+        ShapeError: state, reset and tokens do not fit together, have no tokens, or are on different devices; reset is
+            not bool.
     """
-    wanted = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if matrix.shape != wanted or reset.shape != q.shape[:2]:
-        raise ShapeError(
-            f"queries {list(q.shape)} need a matrix state {list(wanted)} and reset {list(q.shape[:2])}; "
-            f"got {list(matrix.shape)} and {list(reset.shape)}. Pass the state of the same rows."
-        )
+    for name, x in (("q", q), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ShapeError(
+                f"{name} is {list(x.shape)}: it must be [B, T, H, width] with at least one token and one head. Skip "
+                "the call where there are no tokens."
+            )
+    rows, tokens, heads, width = q.shape
+    check_shapes(
+        {
+            "k": (k, q.shape),
+            "v": (v, (rows, tokens, heads, v.shape[3])),
+            "matrix": (matrix, (rows, heads, width, v.shape[3])),
+            "normaliser": (normaliser, (rows, heads, width)),
+            "reset": (reset, (rows, tokens)),
+        }
+    )
+    check_reset(reset)
+    check_devices("linear_attention", q, k, v, matrix, normaliser, reset)
     return chunked(q, k, v, matrix, normaliser, reset)

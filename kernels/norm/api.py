@@ -23,13 +23,13 @@ def rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         x: [..., D]; with a mask [..., T, D].
         weight: [D].
-        mask: [M, D] multipliers, M <= T, token t takes row t mod M; None = no dropout. Gets no gradient.
+        mask: [M, D] multipliers, 1 <= M <= T, token t takes row t mod M; None = no dropout. Gets no gradient.
 
     Returns:
         Like x.
 
     Raises:
-        ShapeError: the widths differ.
+        ShapeError: the widths differ or are 0, the mask has no rows or more than T, or devices differ.
     """
     if _choose(x, None, weight, mask) == "triton":
         from longspan.kernels.norm.triton import residual_norm
@@ -48,7 +48,7 @@ def residual_rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> 
         x; RMS(x) * weight * mask.
 
     Raises:
-        ShapeError: the widths differ.
+        ShapeError: as in `rms_norm`.
     """
     if _choose(x, None, weight, mask) == "triton":
         from longspan.kernels.norm.triton import residual_norm
@@ -69,7 +69,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None =
         s = x + delta; RMS(s) * weight * mask.
 
     Raises:
-        ShapeError: x and delta differ in shape, or the widths do.
+        ShapeError: x and delta differ in shape; else as in `rms_norm`.
     """
     if x.shape != delta.shape:
         raise ShapeError(f"x is {list(x.shape)}, delta {list(delta.shape)}: add_rms_norm needs equal shapes.")
@@ -88,6 +88,13 @@ def _choose(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None
         raise ShapeError(
             f"x is {list(x.shape)}, weight {list(weight.shape)}, mask {mask_shape}: expected [..., D], [D], [M, D]; "
             "with a mask x is [..., T, D]."
+        )
+    if dim == 0:
+        raise ShapeError(f"x is {list(x.shape)}: the norm of no numbers is not defined. D must be at least 1.")
+    if mask is not None and not 1 <= mask.shape[0] <= x.shape[-2]:
+        raise ShapeError(
+            f"the mask has {mask.shape[0]} rows, x {x.shape[-2]} tokens: a mask has 1 to T rows. Cut it to the tokens, "
+            "or pass None for no dropout."
         )
     unsupported = None
     if dim > MAX_DIM:

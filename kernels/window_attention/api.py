@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import get_args
+
 from torch import Tensor
 
 from longspan.errors import ShapeError
 from longspan.kernels.backend import choose
+from longspan.kernels.checks import check_reset
 from longspan.kernels.window_attention.reference import NUM_BUCKETS, Positions, attend_segment
 from longspan.kernels.window_attention.support import unsupported
 
@@ -41,14 +43,14 @@ def window_attention(
         reset: bool [B, T], a document starts with this token.
         reset_grid: resets fall on multiples of this many tokens only; the plain form is fastest if W divides it.
         drop: [H, W, 2W] multiplier of the probabilities, shared by rows and blocks; None: no dropout.
-        positions: "t5" or "rope".
+        positions: "t5" or "rope", which needs an even Dh.
 
     Returns:
         out [B, T, H, Dh]; keys, values [B, W, H, Dh]: the cache for the next call.
 
     Raises:
         ShapeError: the tensors do not fit together, have no rows or tokens, or are on different devices; reset is not
-            bool.
+            bool; there are no such positions, or rotary ones of an odd Dh.
     """
     _check(qkv, cached_keys, cached_values, bias_table, scale, reset, drop, positions)
     given = [x for x in (bias_table, drop) if x is not None]
@@ -83,8 +85,14 @@ def _check(
             f"{list(reset.shape)}: they must be [B, T, 3, H, Dh], twice [B, W, H, Dh], and [B, T]. Pass the state of "
             "the same rows."
         )
-    if reset.dtype != torch.bool:
-        raise ShapeError(f"reset is {reset.dtype}: it must be bool. Use reset.bool().")
+    check_reset(reset)
+    if positions not in get_args(Positions):
+        raise ShapeError(f"positions = {positions!r}: use one of {', '.join(get_args(Positions))}.")
+    if positions == "rope" and width % 2:
+        raise ShapeError(
+            f"the heads of qkv {list(qkv.shape)} are {width} wide, and positions = 'rope' turn pairs: Dh must be "
+            "even. Use an even Dh or positions = 't5'."
+        )
     if (bias_table is None) != (positions == "rope"):
         raise ShapeError(f"positions = {positions!r}: give a bias table with 't5', None with 'rope'.")
     if bias_table is not None and bias_table.shape != (heads, NUM_BUCKETS):

@@ -73,6 +73,12 @@ def test_labels_of_another_shape_are_refused() -> None:
         token_nll(hidden[None], embedding[:, 1:], labels[None])
 
 
+@pytest.mark.parametrize(("vocab", "dim"), [(0, DIM), (VOCAB, 0)])
+def test_an_empty_embedding_is_refused(vocab: int, dim: int) -> None:
+    with pytest.raises(ShapeError, match=rf"\[{vocab}, {dim}\].*at least 1"):
+        token_nll(torch.zeros(1, 2, dim), torch.zeros(vocab, dim), torch.full((1, 2), -100))
+
+
 # --- the fused form, interpreted -------------------------------------------------------------------------------------
 
 

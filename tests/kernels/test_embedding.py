@@ -52,3 +52,9 @@ def test_without_gradient_and_in_fp64_it_is_the_plain_form() -> None:
 def test_other_types_are_refused() -> None:
     with pytest.raises(ShapeError, match="int32"):
         embed(torch.zeros(2, dtype=torch.int32), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_tokens_of_another_device_are_refused(trained: bool) -> None:
+    with pytest.raises(ShapeError, match="cpu, meta"):
+        embed(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(3, 4, requires_grad=trained))

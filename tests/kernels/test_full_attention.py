@@ -69,3 +69,28 @@ def test_a_cache_of_other_rows_is_refused() -> None:
     q, k, v, ck, cv = inputs(4, 8)
     with pytest.raises(ShapeError, match=r"\[1, 3, 2, 6\]"):
         full_attention(q, k, v, ck[:1], cv[:1], torch.tensor([0]), reset=torch.zeros(2, 8, dtype=torch.bool))
+
+
+NAMES = ("q", "k", "v", "cached_keys", "cached_values", "cached_tokens", "reset")
+
+
+def refused(message: str, **wrong: Tensor) -> None:
+    """Two rows of 8 tokens behind a cache of 3, of which `wrong` is something else."""
+    right = [*(x.detach() for x in inputs(4, 8)), torch.tensor([3, 1]), torch.zeros(2, 8, dtype=torch.bool)]
+    *tensors, reset = (dict(zip(NAMES, right, strict=True)) | wrong).values()
+    with pytest.raises(ShapeError, match=message):
+        full_attention(*tensors, reset=reset)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_nothing_is_broadcast_over_rows(name: str) -> None:
+    right = dict(zip(NAMES, [*inputs(4, 8), torch.tensor([3, 1]), torch.zeros(2, 8, dtype=torch.bool)], strict=True))
+    refused(rf"{name} is \[1.*expected \[2", **{name: right[name][:1].detach()})
+
+
+def test_no_tokens_odd_heads_other_flags_and_other_devices_are_refused() -> None:
+    refused("at least one token", **{name: torch.zeros(2, 0, HEADS, WIDTH) for name in "qkv"})
+    refused("even width", q=torch.zeros(2, 8, HEADS, 5))
+    refused(r"cached_keys is \[3\]", cached_keys=torch.zeros(3))
+    refused("torch.int64: it must be bool", reset=torch.zeros(2, 8, dtype=torch.int64))
+    refused("cpu, meta", cached_tokens=torch.tensor([3, 1], device="meta"))

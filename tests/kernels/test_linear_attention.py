@@ -56,5 +56,29 @@ def test_bf16_input_is_summed_in_fp32() -> None:
 
 def test_a_state_of_other_rows_is_refused() -> None:
     q, k, v, s, z = inputs(4)
-    with pytest.raises(ShapeError, match=r"got \[1, 3, 4, 5\]"):
+    with pytest.raises(ShapeError, match=r"matrix is \[1, 3, 4, 5\]"):
         linear_attention(q, k, v, s[:1], z[:1], reset=torch.zeros(2, 4, dtype=torch.bool))
+
+
+NAMES = ("q", "k", "v", "matrix", "normaliser", "reset")
+
+
+def refused(message: str, **wrong: Tensor) -> None:
+    """Two rows of 4 tokens, of which `wrong` is something else."""
+    right = [*(x.detach() for x in inputs(4)), torch.zeros(2, 4, dtype=torch.bool)]
+    *tensors, reset = (dict(zip(NAMES, right, strict=True)) | wrong).values()
+    with pytest.raises(ShapeError, match=message):
+        linear_attention(*tensors, reset=reset)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_nothing_is_broadcast_over_rows(name: str) -> None:
+    right = dict(zip(NAMES, [*inputs(4), torch.zeros(2, 4, dtype=torch.bool)], strict=True))
+    refused(rf"{name} is \[1.*expected \[2", **{name: right[name][:1].detach()})
+
+
+def test_no_tokens_other_flags_and_other_devices_are_refused() -> None:
+    refused(r"q is \[2, 0, 3, 4\].*at least one token", q=torch.zeros(2, 0, 3, 4))
+    refused(r"v is \[2, 4, 3\]", v=torch.zeros(2, 4, 3))
+    refused("torch.int64: it must be bool", reset=torch.zeros(2, 4, dtype=torch.int64))
+    refused("cpu, meta", normaliser=torch.zeros(2, 3, 4, device="meta"))

@@ -8,7 +8,7 @@ from poison import poisoned_memory, relative_error
 from torch import Tensor
 
 from longspan.errors import ShapeError
-from longspan.kernels.backend import forced
+from longspan.kernels.backend import Backend, forced
 from longspan.kernels.norm import reference
 from longspan.kernels.norm.api import add_rms_norm, multiply_tiled, residual_rms_norm, rms_norm
 
@@ -155,3 +155,14 @@ def test_wrong_shapes_are_named() -> None:
         rms_norm(torch.tensor(1.0), torch.ones(1))
     with pytest.raises(ShapeError, match=r"delta \[2, 4\]"):
         add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 4), torch.ones(8))
+
+
+@pytest.mark.parametrize("form", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_masks_without_rows_or_longer_than_the_text_and_no_width_are_refused(form: Backend) -> None:
+    x, weight = torch.ones(2, 3, 8), torch.ones(8)
+    with forced(form):
+        for rows in (0, 4):
+            with pytest.raises(ShapeError, match=f"mask has {rows} rows, x 3 tokens"):
+                rms_norm(x, weight, torch.ones(rows, 8))
+        with pytest.raises(ShapeError, match=r"x is \[2, 3, 0\].*at least 1"):
+            rms_norm(x[..., :0], weight[:0])

@@ -162,3 +162,12 @@ def test_a_cache_of_other_rows_is_refused() -> None:
     tensors[1] = tensors[1][:1]
     with pytest.raises(ShapeError, match=r"\[1, 4, 2, 4\]"):
         window_attention(*tensors, reset=torch.zeros(2, 8, dtype=torch.bool))
+
+
+def test_unknown_positions_and_rotary_heads_of_odd_width_are_refused() -> None:
+    qkv, ck, cv, table, scale = inputs(4, 8)
+    reset = torch.zeros(2, 8, dtype=torch.bool)
+    with pytest.raises(ShapeError, match="'alibi': use one of t5, rope"):
+        window_attention(qkv, ck, cv, table, scale, reset=reset, positions="alibi")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"3 wide.*must be even"):
+        window_attention(qkv[..., :3], ck[..., :3], cv[..., :3], None, scale, reset=reset, positions="rope")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import brt_oracle
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_laws import parameters_without_gradient
 from tiny_models import WINDOW, no_reset, random_tokens, tiny_model
 from torch import Tensor
 
+from longspan.errors import ShapeError
 from longspan.kernels.block_recurrent.api import FORMS
 from longspan.kernels.block_recurrent.inputs import BlockRecurrentInputs, BlockRecurrentOutputs
 from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
@@ -65,6 +68,15 @@ def test_equals_the_oracle(gate: str, mode: str, recorded: list) -> None:
         assert abs(y[row].numpy() - want).max() < 1e-12
         assert abs(recorded[0][1].states[row].numpy() - states).max() < 1e-12
         assert abs(state["state"][row].numpy() - states[-1]).max() < 1e-12
+
+
+def test_a_dropout_mask_on_another_device_is_named(recorded: list) -> None:
+    mixer = make("fixed", "skip", 8)
+    mixer(torch.randn(2, 8, DIM).double(), mixer.init_state(2), reset=torch.zeros(2, 1, dtype=torch.bool))
+    inputs, drop = recorded[0][0], torch.ones(HEADS, 8, 16, dtype=torch.float64)
+    replace(inputs, drop=drop).check()
+    with pytest.raises(ShapeError, match="drop is on meta, qkv on cpu"):
+        replace(inputs, drop=drop.to("meta")).check()
 
 
 @pytest.mark.parametrize("tokens", [3, 8, 27, 32], ids=lambda tokens: f"T{tokens}")

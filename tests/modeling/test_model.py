@@ -170,6 +170,46 @@ def test_no_rows_or_no_tokens_are_refused(shape: tuple[int, int]) -> None:
         model(random_tokens(2, 8)[: shape[0], : shape[1]], model.init_state(shape[0]), reset=no_reset(model, *shape))
 
 
+ARCHITECTURES = ("sliding_window", "fixed_skip", "feedback", "memory", "linear_attention", "full_attention")
+every_way_in = pytest.mark.parametrize("way_in", ["forward", "advance"])
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@every_architecture
+def test_advance_is_the_state_of_forward_and_refuses_what_forward_refuses(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(2, 2 * WINDOW)
+    reset, state = no_reset(model, *tokens.shape), model.init_state(2)
+    want, found = pack(model(tokens, state, reset=reset)[1]), pack(model.advance(tokens, state, reset=reset))
+    assert found.keys() == want.keys() and all(torch.equal(found[path], want[path]) for path in want)
+    for rows in (1, 3):
+        with pytest.raises(ShapeError, match=rf"state tensor .* is \[{rows}, .* for 2 rows"):
+            model.advance(tokens, model.init_state(rows), reset=reset)
+    with pytest.raises(ShapeError, match="at least one row and one token"):
+        model.advance(tokens[:, :0], state, reset=reset[:, :0])
+    with pytest.raises(ShapeError, match=r"tokens are \[8\], expected \[B, T\]"):
+        model.advance(tokens[0], state, reset=reset)
+    with pytest.raises(ShapeError, match=r"reset is torch.bool \[1, .*expected torch.bool \[2, "):
+        model.advance(tokens, state, reset=reset[:1])
+    with pytest.raises(ShapeError, match=r"reset is torch.int64 .*expected torch.bool"):
+        model.advance(tokens, state, reset=reset.long())
+
+
+@every_way_in
+@every_architecture
+def test_state_and_reset_on_another_device_are_named(name: str, way_in: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(2, 2 * WINDOW)
+    reset, state = no_reset(model, *tokens.shape), model.init_state(2)
+    with pytest.raises(ShapeError, match=r"reset is on meta, the tokens on cpu\. Move"):
+        getattr(model, way_in)(tokens, state, reset=reset.to("meta"))
+    with pytest.raises(ShapeError, match=r"state tensor .* is on meta, the tokens on cpu\. Move"):
+        getattr(model, way_in)(tokens, states.to(state, "meta"), reset=reset)
+    last = list(pack(state))[-1]
+    with pytest.raises(ShapeError, match=f"state tensor {last} is on meta"):
+        getattr(model, way_in)(tokens, unpack(pack(state) | {last: pack(state)[last].to("meta")}), reset=reset)
+
+
 def test_training_under_autocast() -> None:
     model, tokens = tiny_model("fixed_skip"), random_tokens(2, 2 * WINDOW)
     with torch.autocast("cpu", dtype=torch.bfloat16):
