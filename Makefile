@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## corpus -> training -> perplexity-versus-length curve -> Hugging Face model, then where it all is
 	@$(BIN)/python -m longspan.trainer.demo --runs $(RUNS)
 
-test: $(VENV)/installed  ## the test suite (at most 15 minutes on two cores, installation included)
+test: $(VENV)/installed  ## the test suite (13 to 17 minutes on two cores, the longer with installation)
 	@echo "longspan: lint, types, then tests"
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu"
