@@ -128,13 +128,18 @@ def test_ranks_that_come_and_go_at_different_times(monkeypatch: pytest.MonkeyPat
                 time.sleep(0.1)
             time.sleep(0.4 * rank)
 
-    ranks = [threading.Thread(target=live, args=(rank, gather)) for rank, gather in enumerate(gathering(4))]
+    in_threads(live, 4)
+    assert not ended
+
+
+def in_threads(live: Callable[[int, Callable[[Any], list[Any]]], None], count: int) -> None:
+    """Run `live(rank, gather)` of every rank in a thread of its own, to its end."""
+    ranks = [threading.Thread(target=live, args=(rank, gather)) for rank, gather in enumerate(gathering(count))]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(timeout=20)
     assert not any(rank.is_alive() for rank in ranks)
-    assert not ended
 
 
 def two_watched(
@@ -153,12 +158,7 @@ def two_watched(
             while len(ended) < 2 and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    ranks = [threading.Thread(target=live, args=(rank, gather)) for rank, gather in enumerate(gathering(2))]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=20)
-    assert not any(rank.is_alive() for rank in ranks)
+    in_threads(live, 2)
     return ended
 
 

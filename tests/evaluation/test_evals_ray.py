@@ -91,14 +91,7 @@ def test_a_run_is_evaluated_on_a_cluster_that_runs(
     (run / "log.jsonl").write_text('{"kind": "step", "step": 1, "time": 1.0, "loss": 2.0}\n')
     weights = next((run / "checkpoints" / "step-00000002" / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-1])
-    arguments = [
-        "evals",
-        "reconcile",
-        str(run),
-        "--spec",
-        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
-        "--once",
-    ]
+    arguments = tiny_run.one_pass(run, tmp_path)
     arguments += ["--address", address, "--workers", "2", "--json"]
     assert cli.main(arguments) == 70  # one of three is damaged
     assert "step-00000002 does not verify" in capsys.readouterr().err
@@ -116,14 +109,7 @@ def test_a_cluster_of_ones_own_comes_and_goes(tmp_path: Path, capsys: pytest.Cap
     corpus = tiny_run.corpus(tmp_path / "corpus")
     run = tiny_run.run_directory(tmp_path / "runs" / "tiny", tiny_run.config(corpus), steps=(1,))
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    arguments = [
-        "evals",
-        "reconcile",
-        str(run),
-        "--spec",
-        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
-        "--once",
-    ]
+    arguments = tiny_run.one_pass(run, tmp_path)
     assert cli.main([*arguments, "--workers", "1"]) == 0
     assert "Submitted 1, evaluated 1." in capsys.readouterr().out
     assert {name: value for name, value in os.environ.items() if name.startswith("RAY_")} == before

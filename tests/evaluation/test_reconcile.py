@@ -105,14 +105,7 @@ def test_a_damaged_checkpoint_is_failed_with_the_reason_and_not_evaluated(
 ) -> None:
     flip_weights(run / "checkpoints" / "step-00000001")
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
-    arguments = [
-        "evals",
-        "reconcile",
-        str(run),
-        "--spec",
-        str(tiny_run.spec_file(tmp_path, **tiny_run.QUICK)),
-        "--once",
-    ]
+    arguments = tiny_run.one_pass(run, tmp_path)
     assert cli.main(arguments) == 70
     assert "2 evaluations failed" in capsys.readouterr().err
     assert jobs.ran == ["step-00000001"] and not list((run / "evals").glob("*/_SUCCESS"))

@@ -97,3 +97,8 @@ def spec_file(folder: Path, **changes: Any) -> Path:
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def one_pass(run: Path, folder: Path) -> list[str]:
+    """Arguments of `longspan` for one pass over a run; the spec is written to `folder`."""
+    return ["evals", "reconcile", str(run), "--spec", str(spec_file(folder, **QUICK)), "--once"]
