@@ -34,8 +34,8 @@ class ToyModel(nn.Module):
         self.initial_state = nn.Parameter(torch.randn(WIDTH) * 0.1)
         self.poison: str | None = None
 
-    def init_state(self, batch: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        return {"h": self.initial_state.float().expand(batch, -1).clone().to(device)}
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        return {"h": self.initial_state.float().expand(batch, -1).clone().to(device or self.initial_state.device)}
 
     def reset_rows(self, state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         return {"h": torch.where(rows[:, None], self.initial_state, state["h"])}
@@ -109,7 +109,7 @@ class ToyRun:
 
     def batches(self, step: int) -> list[Batch]:
         starts = range(self.start, self.start + self.lanes, self.size)
-        return [toy_batch(step, start, start + self.size) for start in starts]
+        return [toy_batch(step, start, start + self.size).to(self.engine.mesh.device) for start in starts]
 
     def step(self, step: int) -> Any:
         result, self.carried = self.engine.step(self.batches(step), self.carried, lr=0.05 / (1 + step))
