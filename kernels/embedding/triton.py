@@ -1,4 +1,8 @@
-"""The gradient of an embedding in Triton: tokens are sorted, and each row of the matrix sums up its own."""
+"""The gradient of an embedding in Triton: tokens are sorted, and each row of the matrix sums up its own.
+
+Where rows are few, as those of bytes, each has hundreds of tokens, and a space one in six of all: then several
+programs share a row, and their sums are added in a fixed order.
+"""
 
 # mypy: allow-untyped-defs
 # arguments of kernels are pointers, numbers and constants of the compiler's own types
@@ -16,28 +20,40 @@ from torch.nn import functional as F
 
 BLOCK_COLUMNS = 1024
 AT_ONCE = 4  # tokens of one row that are read at once
+TOKENS_A_SHARE = 16  # of an average row; frequent ones have many more
+MOST_SHARES = 64
 
 
 @triton.jit
 def embedding_gradient_kernel(
-    gradient, order, ends, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr
+    gradient, order, ends, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, SHARES: tl.constexpr
 ):
-    """out [V, WIDTH] = sums of gradient [N, WIDTH] over each row's tokens.
+    """out [SHARES, V, WIDTH] = sums of gradient [N, WIDTH] over the shares of each row's tokens.
 
     Args:
         order: int64 [N], tokens in the order of their rows; ends: int64 [V], where those of each row end.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.program_id(2)
     begin = tl.load(ends + row - 1, mask=row > 0, other=0)
     end = tl.load(ends + row)
+    length = tl.cdiv(end - begin, SHARES)
+    begin += share * length
+    end = tl.minimum(begin + length, end)
     total = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
     for at in range(begin, end, AT_ONCE):
         place = at + tl.arange(0, AT_ONCE)
         token = tl.load(order + place, mask=place < end, other=0)
         mask = (place < end)[:, None] & (column < WIDTH)[None, :]
         total += tl.load(gradient + token[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < WIDTH)
+    out += (share.to(tl.int64) * tl.num_programs(0) + row) * WIDTH
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < WIDTH)
+
+
+def shares_of(tokens: int, rows: int) -> int:
+    """Programs for each of `rows` rows: one where an average row has few tokens."""
+    return min(MOST_SHARES, triton.next_power_of_2(max(1, tokens // (rows * TOKENS_A_SHARE))))
 
 
 class _Embed(torch.autograd.Function):
@@ -55,12 +71,13 @@ class _Embed(torch.autograd.Function):
         gradient = gradient.contiguous()
         found, order = tokens.flatten().sort(stable=True)
         ends = torch.searchsorted(found, torch.arange(rows, device=tokens.device), right=True)
-        out = gradient.new_empty(rows, width)
+        shares = shares_of(tokens.numel(), rows)
+        out = gradient.new_empty(shares, rows, width, dtype=gradient.dtype if shares == 1 else torch.float32)
         columns = min(BLOCK_COLUMNS, triton.next_power_of_2(width))
-        embedding_gradient_kernel[(rows, triton.cdiv(width, columns))](
-            gradient, order, ends, out, WIDTH=width, COLUMNS=columns, AT_ONCE=AT_ONCE, num_warps=4
+        embedding_gradient_kernel[(rows, triton.cdiv(width, columns), shares)](
+            gradient, order, ends, out, WIDTH=width, COLUMNS=columns, AT_ONCE=AT_ONCE, SHARES=shares, num_warps=4
         )
-        return None, out
+        return None, out[0] if shares == 1 else out.sum(0).to(gradient.dtype)
 
 
 def fused_embed(tokens: Tensor, embedding: Tensor) -> Tensor:

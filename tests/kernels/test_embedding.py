@@ -32,6 +32,24 @@ def test_gradient_equals_fp64(shape: tuple[int, ...], rows: int, width: int, dty
     assert relative_error(ours, want) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_has_most_tokens_is_shared_by_programs(dtype: torch.dtype) -> None:
+    triton_form = pytest.importorskip("longspan.kernels.embedding.triton")
+    assert triton_form.shares_of(32_768, 32_128) == 1  # as much memory as the gradient itself would be wasted
+    assert triton_form.shares_of(131_072, 384) == 32
+    assert triton_form.shares_of(260, 2) == 8
+    g = torch.Generator().manual_seed(0)
+    tokens = (torch.arange(260) % 20 == 7).long().to(DEVICE)  # 13 of them: fewer than two for each program
+    weight = torch.randn(2, 24, generator=g).to(DEVICE, dtype).requires_grad_()
+    gradient = torch.randn(260, 24, generator=g).to(DEVICE, dtype)
+    with forced("triton"), poisoned_memory():
+        (ours,) = torch.autograd.grad(embed(tokens, weight), weight, gradient)
+        (again,) = torch.autograd.grad(embed(tokens, weight), weight, gradient)
+    want = torch.stack([gradient[tokens == row].double().sum(0) for row in (0, 1)])
+    assert relative_error(ours, want) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(ours, again)
+
+
 def test_rows_without_a_token_get_zeros_and_strided_gradients_work() -> None:
     tokens = torch.tensor([[7, 7], [0, 7]], device=DEVICE)
     weight = torch.zeros(9, 4, device=DEVICE, requires_grad=True)
