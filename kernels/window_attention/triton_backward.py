@@ -41,13 +41,14 @@ def delta_kernel(
     out, go, delta, go_b: tl.int64, T,
     GO_STEP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, H, T rounded up to ROUND] = sum of go * out, 0 beyond T; fp32.
+    """delta [B, H, T rounded up to ROUND] = sum of go * out, 0 beyond T; fp32. The last tokens go first: their go was
+    written last and still lies in the cache.
 
     Args:
         out: [B, T, H, D]; go: gradient of out, with strides (go_b, GO_STEP, D, 1).
     """
     padded = tl.cdiv(T, ROUND) * ROUND
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     head = pid % H
     tiles = padded // BT
     row = (pid // (H * tiles)).to(tl.int64)

@@ -156,7 +156,8 @@ def prepare_kernel(
     KV_STEP: tl.constexpr, STEP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
     ROUND: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """The first 32 H programs write the tables of the heads; each further one looks at BT tokens of one head.
+    """The first 32 H programs write the tables of the heads; each further one looks at BT tokens of one head, the last
+    tokens first: the projection wrote them last, so they still lie in the cache.
 
     Args:
         k, v: [B, T, H, D] with strides (kv_b, KV_STEP, D, 1); turned_k: k rotated, with strides (turned_b, STEP, D, 1);
@@ -179,7 +180,7 @@ def prepare_kernel(
     if pid < H * TABLE_PARTS:
         _write_tables(table, scale, buckets, bias, near_keys, near_queries, nulls, consts, head, pid // H, W, HAS_TABLE)
     else:
-        tile = pid // H - TABLE_PARTS
+        tile = tl.num_programs(0) // H - 1 - pid // H
         row = (tile // tiles).to(tl.int64)
         first = (tile % tiles - behind) * BT  # tokens of the cache have negative positions
         p = first + tl.arange(0, BT)
