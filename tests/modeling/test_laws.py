@@ -403,20 +403,21 @@ def check_no_growth(gaps: Tensor) -> None:
     assert gaps[-fifth:].mean() < 1.25 * gaps[:fifth].mean(), "the difference grows with the number of blocks"
 
 
-def check_drift(name: str) -> None:
+def check_drift(name: str, blocks: int = 1000) -> None:
     with torch.no_grad():
-        gaps = torch.tensor(list(drift(name, 1000)))
+        gaps = torch.tensor(list(drift(name, blocks)))
     assert gaps.max() < 1.5 * DRIFT[name]
     check_no_growth(gaps)
 
 
 # one of each kind of state in every run of the suite, the others in the long one
 SAMPLE = ("sliding_window", "fixed_skip", "lstm_dual", "feedback", "linear_attention", "memory_hybrid")
+ONE_BY_ONE = ("feedback", "feedback_two", "memory_hybrid")  # a token after another takes its time
 
 
 @pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.long) for n in MODELS])
 def test_law_10_drift(name: str) -> None:
-    check_drift(name)
+    check_drift(name, 400 if name in ONE_BY_ONE else 1000)
 
 
 @pytest.mark.long
