@@ -71,9 +71,11 @@ class LanguageModel(nn.Module):
             next step. Auxiliary losses, weighted and summed over tokens.
 
         Raises:
-            ShapeError: tokens, reset and state do not fit together, or are on different devices.
+            ShapeError: tokens, reset, state and labels do not fit together, or are on another device than the weights.
         """
         self._check(tokens, state, reset)
+        if labels is not None:
+            self._check_labels(tokens, labels)
         y, state, aux = self.backbone(self.embedding(tokens), state, reset=reset)
         y = self.final_norm(y, self.dropout.mask(y))
         if labels is None:
@@ -92,8 +94,24 @@ class LanguageModel(nn.Module):
             raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B, T]. Add the missing dimension.")
         if 0 in tokens.shape:
             raise ShapeError(f"tokens are {list(tokens.shape)}: there must be at least one row and one token.")
+        self._check_device(tokens)
         check_reset(reset, tokens.shape[0], tokens.shape[1], self.quantum, tokens.device)
         states.check(state, self.state_spec(), tokens.shape[0], tokens.device)
+
+    def _check_device(self, tokens: Tensor) -> None:
+        """Raises ShapeError unless the tokens are where the weights are."""
+        device = self.embedding.weight.device
+        if tokens.device != device:
+            raise ShapeError(f"the tokens are on {tokens.device}, the model on {device}. Move either with .to(device).")
+
+    def _check_labels(self, tokens: Tensor, labels: Tensor) -> None:
+        """Raises ShapeError unless there is a label for each token, on its device."""
+        if labels.shape != tokens.shape:
+            raise ShapeError(
+                f"labels are {list(labels.shape)}, tokens {list(tokens.shape)}: give each token its label."
+            )
+        if labels.device != tokens.device:
+            raise ShapeError(f"labels are on {labels.device}, the tokens on {tokens.device}. Move both to one device.")
 
     def reset_rows(self, state: State, rows: Tensor, kinds: tuple[str, ...] = ("recurrent", "cache")) -> State:
         """The state with its tensors of the given kinds at their initial value in the rows bool [B]."""
@@ -109,7 +127,28 @@ class LanguageModel(nn.Module):
         return self.backbone.decode_state(state)
 
     def step_tokens(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token int64 [B] of each row: logits [B, vocab_size] fp32 and the next decode state."""
+        """One more token of each row.
+
+        Args:
+            tokens: int64 [B].
+            state: from `decode_state` or from here, of the B rows; never changed in place.
+
+        Returns:
+            Logits [B, vocab_size] fp32; the next decode state.
+
+        Raises:
+            ShapeError: tokens are not [B], have other rows than the state, or tokens, state and weights are on several
+                devices.
+        """
+        if tokens.dim() != 1 or tokens.shape[0] == 0:
+            raise ShapeError(f"tokens are {list(tokens.shape)}, expected [B], one of each row.")
+        self._check_device(tokens)
+        for name, tensor in states.pack(state).items():
+            if tensor.device != tokens.device:
+                raise ShapeError(
+                    f"state tensor {name} is on {tensor.device}, the tokens on {tokens.device}. "
+                    "Move the state with longspan.modeling.state.to, or the tokens, to the device of the model."
+                )
         y, state = self.backbone.step(self.embedding(tokens), state)
         return vocabulary_logits(self.final_norm(y), self.embedding.weight, self.tensor_shard), state
 

@@ -7,9 +7,32 @@ from torch import Tensor
 
 from longspan.errors import ShapeError
 from longspan.kernels import backend
-from longspan.kernels.cross_entropy.reference import chunked_nll, scaled_logits
+from longspan.kernels.checks import check_devices
+from longspan.kernels.cross_entropy import reference
 
 __all__ = ["scaled_logits", "token_nll"]
+
+
+def scaled_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
+    """y E^T / sqrt(D) in fp32 or more.
+
+    Args:
+        hidden: [..., D].
+        embedding: [V, D].
+
+    Returns:
+        [..., V].
+
+    Raises:
+        ShapeError: the widths differ, V or D is 0, or devices differ.
+    """
+    if hidden.dim() < 1 or embedding.dim() != 2 or embedding.shape[1] != hidden.shape[-1]:
+        raise ShapeError(
+            f"hidden vectors are {list(hidden.shape)}, the embedding {list(embedding.shape)}: [..., D] and [V, D]."
+        )
+    _check_embedding(embedding)
+    check_devices("scaled_logits", hidden, embedding)
+    return reference.scaled_logits(hidden, embedding)
 
 
 def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
@@ -37,10 +60,7 @@ def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         raise ShapeError(
             f"hidden vectors are {list(hidden.shape)}, the embedding {list(embedding.shape)}: [B, T, D] and [V, D]."
         )
-    if 0 in embedding.shape:
-        raise ShapeError(
-            f"the embedding is {list(embedding.shape)}: V and D must be at least 1. Pass the whole output embedding."
-        )
+    _check_embedding(embedding)
     if labels.dtype != torch.int64:
         raise ShapeError(f"labels are {labels.dtype}: they must be int64. Use labels.long().")
     unsupported = None
@@ -53,4 +73,11 @@ def token_nll(hidden: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         from longspan.kernels.cross_entropy.autograd import fused_nll
 
         return fused_nll(rows, embedding, labels.flatten()).view_as(labels)
-    return chunked_nll(rows, embedding, labels.flatten()).view_as(labels)
+    return reference.chunked_nll(rows, embedding, labels.flatten()).view_as(labels)
+
+
+def _check_embedding(embedding: Tensor) -> None:
+    if 0 in embedding.shape:
+        raise ShapeError(
+            f"the embedding is {list(embedding.shape)}: V and D must be at least 1. Pass the whole output embedding."
+        )

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from longspan.errors import ShapeError
 from longspan.kernels import backend
+from longspan.kernels.checks import check_devices
 from longspan.kernels.norm import reference
-from longspan.kernels.norm.reference import multiply_tiled
 
 __all__ = ["add_rms_norm", "multiply_tiled", "residual_rms_norm", "rms_norm"]
 
@@ -81,6 +81,34 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None =
     return total, reference.rms_norm(total, weight, mask)
 
 
+def multiply_tiled(x: Tensor, mask: Tensor) -> Tensor:
+    """Token t of every row times row t mod M of the mask.
+
+    Args:
+        x: [..., T, D].
+        mask: [M, D], 1 <= M <= T.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ShapeError: the widths differ, the mask has no rows or more than T, or devices differ.
+    """
+    if x.dim() < 2 or mask.dim() != 2 or mask.shape[1] != x.shape[-1]:
+        raise ShapeError(f"x is {list(x.shape)}, mask {list(mask.shape)}: expected [..., T, D] and [M, D].")
+    _check_rows(x, mask)
+    check_devices("multiply_tiled", x, mask)
+    return reference.multiply_tiled(x, mask)
+
+
+def _check_rows(x: Tensor, mask: Tensor) -> None:
+    if not 1 <= mask.shape[0] <= x.shape[-2]:
+        raise ShapeError(
+            f"the mask has {mask.shape[0]} rows, x {x.shape[-2]} tokens: a mask has 1 to T rows. Cut it to the tokens, "
+            "or pass None for no dropout."
+        )
+
+
 def _choose(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None) -> backend.Backend:
     dim = x.shape[-1] if x.dim() > 0 else 0
     if weight.shape != (dim,) or (mask is not None and (x.dim() < 2 or mask.dim() != 2 or mask.shape[1] != dim)):
@@ -91,11 +119,8 @@ def _choose(x: Tensor, delta: Tensor | None, weight: Tensor, mask: Tensor | None
         )
     if dim == 0:
         raise ShapeError(f"x is {list(x.shape)}: the norm of no numbers is not defined. D must be at least 1.")
-    if mask is not None and not 1 <= mask.shape[0] <= x.shape[-2]:
-        raise ShapeError(
-            f"the mask has {mask.shape[0]} rows, x {x.shape[-2]} tokens: a mask has 1 to T rows. Cut it to the tokens, "
-            "or pass None for no dropout."
-        )
+    if mask is not None:
+        _check_rows(x, mask)
     unsupported = None
     if dim > MAX_DIM:
         unsupported = f"the kernel takes widths up to {MAX_DIM}, this is {dim}."

@@ -77,6 +77,16 @@ def test_labels_of_another_shape_are_refused() -> None:
 def test_an_empty_embedding_is_refused(vocab: int, dim: int) -> None:
     with pytest.raises(ShapeError, match=rf"\[{vocab}, {dim}\].*at least 1"):
         token_nll(torch.zeros(1, 2, dim), torch.zeros(vocab, dim), torch.full((1, 2), -100))
+    with pytest.raises(ShapeError, match=rf"\[{vocab}, {dim}\].*at least 1"):
+        scaled_logits(torch.zeros(1, 2, dim), torch.zeros(vocab, dim))
+
+
+def test_logits_of_another_width_or_device_are_refused() -> None:
+    hidden, embedding, _ = inputs(6)
+    with pytest.raises(ShapeError, match=r"\[V, D\]"):
+        scaled_logits(hidden, embedding[:, 1:])
+    with pytest.raises(ShapeError, match="scaled_logits got tensors on cpu, meta"):
+        scaled_logits(hidden.detach(), embedding.detach().to("meta"))
 
 
 # --- the fused form, interpreted -------------------------------------------------------------------------------------

@@ -164,5 +164,14 @@ def test_masks_without_rows_or_longer_than_the_text_and_no_width_are_refused(for
         for rows in (0, 4):
             with pytest.raises(ShapeError, match=f"mask has {rows} rows, x 3 tokens"):
                 rms_norm(x, weight, torch.ones(rows, 8))
+            with pytest.raises(ShapeError, match=f"mask has {rows} rows, x 3 tokens"):
+                multiply_tiled(x, torch.ones(rows, 8))
         with pytest.raises(ShapeError, match=r"x is \[2, 3, 0\].*at least 1"):
             rms_norm(x[..., :0], weight[:0])
+
+
+def test_a_tiled_mask_of_another_width_or_device_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"x is \[2, 3, 8\], mask \[3, 7\]"):
+        multiply_tiled(torch.ones(2, 3, 8), torch.ones(3, 7))
+    with pytest.raises(ShapeError, match="multiply_tiled got tensors on cpu, meta"):
+        multiply_tiled(torch.ones(2, 3, 8), torch.ones(3, 8, device="meta"))

@@ -210,6 +210,32 @@ def test_state_and_reset_on_another_device_are_named(name: str, way_in: str) -> 
         getattr(model, way_in)(tokens, unpack(pack(state) | {last: pack(state)[last].to("meta")}), reset=reset)
 
 
+@every_architecture
+def test_tokens_and_labels_on_another_device_are_named(name: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(2, 2 * WINDOW)
+    reset, state = no_reset(model, *tokens.shape), model.init_state(2)
+    with pytest.raises(ShapeError, match=r"labels are on meta, the tokens on cpu\. Move"):
+        model(tokens, state, reset=reset, labels=tokens.to("meta"))
+    with pytest.raises(ShapeError, match=r"labels are \[2, 7\], tokens \[2, 8\]"):
+        model(tokens, state, reset=reset, labels=tokens[:, 1:])
+    with pytest.raises(ShapeError, match=r"tokens are on meta, the model on cpu\. Move"):
+        model(tokens.to("meta"), states.to(state, "meta"), reset=reset.to("meta"))
+
+
+@every_architecture
+def test_a_step_of_tokens_elsewhere_is_refused(name: str) -> None:
+    model = tiny_model(name)
+    tokens, state = random_tokens(2, 1)[:, 0], model.decode_state(model.init_state(2))
+    with pytest.raises(ShapeError, match=r"tokens are on meta, the model on cpu\. Move"):
+        model.step_tokens(tokens.to("meta"), state)
+    last = list(pack(state))[-1]
+    with pytest.raises(ShapeError, match=f"state tensor {last} is on meta, the tokens on cpu"):
+        model.step_tokens(tokens, unpack(pack(state) | {last: pack(state)[last].to("meta")}))
+    with pytest.raises(ShapeError, match=r"tokens are \[2, 1\], expected \[B\]"):
+        model.step_tokens(tokens[:, None], state)
+
+
 def test_training_under_autocast() -> None:
     model, tokens = tiny_model("fixed_skip"), random_tokens(2, 2 * WINDOW)
     with torch.autocast("cpu", dtype=torch.bfloat16):
