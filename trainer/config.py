@@ -110,6 +110,25 @@ def cross_problems(config: RunConfig) -> list[Problem]:
     return [*_segment_problems(config), *_batch_problems(config), *_engine_problems(config)]
 
 
+def untrained_state_problems(model: ModelConfig, segment_tokens: int, where: str) -> list[Problem]:
+    """What is wrong with segments in which nothing reads the state that the model's blocks write.
+
+    Args:
+        model: the model.
+        segment_tokens: N, tokens between two cuts of the gradient.
+        where: what the problem names, for example "data.segment_tokens = 8".
+    """
+    window = model.window_tokens
+    if not model.is_recurrent or segment_tokens >= 2 * window:
+        return []
+    what = (
+        f"shorter than two blocks of model.window_tokens = {window}. The state that a segment's last block "
+        f"writes is read only by the next segment, without gradient, so its update would never be trained. "
+        f"Use {2 * window} or more."
+    )
+    return [Problem(where, what)]
+
+
 def _segment_problems(config: RunConfig) -> list[Problem]:
     segment, window = config.data.segment_tokens, config.model.window_tokens
     where = f"data.segment_tokens = {segment}"
@@ -118,15 +137,7 @@ def _segment_problems(config: RunConfig) -> list[Problem]:
         below, above = segment // window * window, (segment // window + 1) * window
         nearest = f"{below} or {above}" if below else f"{above}"
         problems.append(Problem(where, f"not a multiple of model.window_tokens = {window}. Nearest: {nearest}."))
-    if config.model.is_recurrent and segment < 2 * window:
-        problems.append(
-            Problem(
-                where,
-                f"shorter than two blocks of model.window_tokens = {window}. The state that a segment's last block "
-                f"writes is read only by the next segment, without gradient, so its update would never be trained. "
-                f"Use {2 * window} or more.",
-            )
-        )
+    problems += untrained_state_problems(config.model, segment, where)
     limit = config.data.max_document_tokens
     if limit is not None and limit % config.model.quantum:
         problems.append(

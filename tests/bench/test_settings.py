@@ -74,6 +74,13 @@ def test_a_segment_must_be_a_multiple_of_the_window_of_every_model() -> None:
     ]
 
 
+def test_a_segment_that_trains_no_state_is_refused() -> None:
+    (found,) = problems("step", "--model", "rec_fixed_skip_12l,slide_12l", "--segment-tokens", "512")
+    assert found.startswith(
+        "--segment-tokens = 512 for rec_fixed_skip_12l: shorter than two blocks of model.window_tokens"
+    )
+
+
 def test_an_unknown_peer_gets_a_suggestion() -> None:
     assert problems("window-attention", "--peers", "flexx,flash") == [
         "--peers flexx: unknown peer. Did you mean flex or flex_bias?"

@@ -89,16 +89,36 @@ def test_answers_without_torch() -> None:
 def test_every_problem_of_a_bare_model_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rows", "0", "--segment-tokens", "700", "--precision", "fp4", "--activation-checkpointing", "layr"]
     message = failure(capsys, MODEL, *options, "--hardware", "h10", "--set", "model.wdth=3")
-    assert "6 problems" in message
+    assert "7 problems" in message
     for expected in (
         "rows = 0: input should be greater than or equal to 1",
         "segment_tokens = 700: not a multiple of model.window_tokens = 512. Nearest: 512 or 1024",
+        "segment_tokens = 700: shorter than two blocks of model.window_tokens = 512",
         "precision = 'fp4'",
         "activation_checkpointing = 'layr'",
         "hardware = 'h10': no rates of such a device. Did you mean h100?",
         "model.wdth: unknown key",
     ):
         assert expected in message
+
+
+def test_a_segment_that_trains_no_state_is_refused_with_the_words_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "segment_tokens = 512: shorter than two blocks of model.window_tokens = 512."
+    assert words in failure(capsys, MODEL, "--segment-tokens", "512")
+    recipe = ["configs/quickstart.yaml", "--set", "model.window_tokens=512", "--set", "data.segment_tokens=512"]
+    assert cli.main(["train", *recipe]) == 2
+    assert f"data.{words}" in capsys.readouterr().err
+    result = plan(capsys, "configs/model/slide_12l.yaml", "--segment-tokens", "512")
+    assert result["setting"]["segment_tokens"] == 512
+
+
+def test_heads_without_a_kernel_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for width in (64, 48):
+        result = plan(capsys, MODEL, *OPTIONS, "--set", f"model.head_dim={width}", "--gpus", "2", "--lanes", "8")
+        for assumed in (result["assumptions"], result["parallel"]["assumptions"]):
+            found = [line for line in assumed if line.startswith("heads of width 48 have no kernel")]
+            assert len(found) == (width == 48)
+            assert all("block_recurrent and sliding_window run as plain PyTorch" in line for line in found)
 
 
 @pytest.mark.parametrize("option", ["--rows", "--segment-tokens", "--vocab-size"])

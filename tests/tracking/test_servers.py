@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,13 @@ print(send_evaluation(run, json.loads((folder / "result.json").read_text()), fol
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("postgres")
-    for place in (folder, *folder.parents[:2]):
-        place.chmod(0o755)  # its server runs as another user
-    with postgres(folder / "server") as uri:
-        yield uri
+def database() -> Iterator[str]:
+    # its server runs as another user, from whom every pytest that starts closes the folders of all others
+    with tempfile.TemporaryDirectory(prefix="longspan-postgres-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with postgres(folder / "server") as uri:
+            yield uri
 
 
 def track_at(run_dir: Path, config: RunConfig, uri: str) -> None:

@@ -13,6 +13,7 @@ from longspan.errors import ConfigError, LongspanError, Problem
 from longspan.modeling.config import ActivationCheckpointing, BlockRecurrentConfig, ModelConfig
 from longspan.trainer import recipes
 from longspan.trainer.bench.catalogue import BENCHMARKS
+from longspan.trainer.config import untrained_state_problems
 
 PAPER_VOCABULARY = 32128
 GPU_SEGMENT_TOKENS, CHAIN_BLOCKS = 4096, 64
@@ -189,6 +190,7 @@ def _step(args: argparse.Namespace, on_gpu: bool, checks: Checks, common: dict[s
     if tokens > 0:
         for model in known:
             checks.multiple("--segment-tokens", tokens, f"window_tokens of {model.name}", model.window_tokens)
+            checks.problems += untrained_state_problems(model, tokens, f"--segment-tokens = {tokens} for {model.name}")
     return StepSettings(
         **common,
         models=tuple(known),

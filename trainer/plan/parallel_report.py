@@ -9,6 +9,7 @@ from typing import Any
 from longspan.errors import ConfigError, Problem, UsageError
 from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.layout import Job, gpu_problems
+from longspan.trainer.plan.report import width_notes
 from longspan.trainer.plan.search import Planner, comparable, describe, predicted_of
 from longspan.trainer.plan.setting import Setting
 
@@ -97,7 +98,12 @@ def make_parallel_plan(
         "links": hardware.links.model_dump(),
         "points": points,
         "measured": [_measured(setting, hardware, step) for step in comparable(setting, hardware)],
-        "assumptions": [*ASSUMED, f"not measured yet of the links: {hardware.links.estimate}", _offload_note(hardware)],
+        "assumptions": [
+            *ASSUMED,
+            *width_notes(setting),
+            f"not measured yet of the links: {hardware.links.estimate}",
+            _offload_note(hardware),
+        ],
     }
 
 

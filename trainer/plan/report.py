@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longspan.trainer.plan.hardware import Hardware
-from longspan.trainer.plan.memory import GIB, Memory, plan_memory
+from longspan.trainer.plan.memory import GIB, KERNEL_HEAD_WIDTHS, Memory, plan_memory
 from longspan.trainer.plan.parameters import count_parameters, paper_count, total_parameters
 from longspan.trainer.plan.setting import Setting
 from longspan.trainer.plan.timing import StepTime, plan_step, runs_by_block
@@ -86,6 +86,7 @@ def assumptions(setting: Setting, hardware: Hardware, memory: Memory, step: Step
     mixers = {layer.mixer for layer in setting.model.layers}
     for name in sorted(mixers & {"full_attention", "linear_attention"}):
         lines.append(f"{name} runs as plain PyTorch: its memory and time are rough")
+    lines += width_notes(setting)
     if runs_by_block(setting.model):
         lines.append("the stack is serial over blocks (memory or feedback): its time is rough")
     if setting.precision == "fp32":
@@ -103,6 +104,18 @@ def assumptions(setting: Setting, hardware: Hardware, memory: Memory, step: Step
         lines.append("does not fit: lower the micro-batch, or set training.activation_checkpointing to layer")
     lines += [f"rate not measured yet: {text}" for text in hardware.estimated()]
     return lines
+
+
+def width_notes(setting: Setting) -> list[str]:
+    """What to know of heads that no kernel takes: one line, or none."""
+    mixers = sorted({layer.mixer for layer in setting.model.layers} & {"block_recurrent", "sliding_window"})
+    width = setting.model.head_dim
+    if not mixers or width in KERNEL_HEAD_WIDTHS:
+        return []
+    return [
+        f"heads of width {width} have no kernel ({', '.join(map(str, KERNEL_HEAD_WIDTHS))} have): "
+        f"{' and '.join(mixers)} run as plain PyTorch, slower and with more memory than planned from the kernels"
+    ]
 
 
 def text(plan: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from longspan.errors import Problem, UsageError
 from longspan.modeling.config import ActivationCheckpointing, ModelConfig
 from longspan.modeling.flops import divided
 from longspan.trainer import recipes
-from longspan.trainer.config import RunConfig, cross_problems
+from longspan.trainer.config import RunConfig, cross_problems, untrained_state_problems
 from longspan.trainer.plan.hardware import Precision, hardware_problems
 
 Optimizer = Literal["none", "adamw", "adafactor"]
@@ -165,4 +165,5 @@ def _segment_problems(step: BareStep) -> list[Problem]:
         nearest = f"{below} or {above}" if below else f"{above}"
         what = f"not a multiple of model.window_tokens = {window}. Nearest: {nearest}."
         problems.append(Problem(f"segment_tokens = {segment}", what))
+    problems += untrained_state_problems(step.model, segment, f"segment_tokens = {segment}")
     return problems
