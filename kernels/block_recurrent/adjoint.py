@@ -25,16 +25,16 @@ from longspan.kernels.window_attention.reference import at_least_fp32
 
 
 class Gradients:
-    """Sums of gradients by name of the weight, fp32 or wider."""
+    """Sums of gradients by name of the weight, fp32 or wider; a product that is all of one comes as it leaves."""
 
-    def __init__(self) -> None:
-        """No gradient yet."""
+    def __init__(self, *, several: bool) -> None:
+        """No gradient yet; several: products of more than one chunk are added up, so that none may be rounded."""
         self.sums: dict[str, Tensor] = {}
+        self.several = several
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to the sum of `name`."""
-        wide = at_least_fp32(value)
-        self.sums[name] = self.sums[name] + wide if name in self.sums else wide
+        self.sums[name] = at_least_fp32(self.sums[name]) + at_least_fp32(value) if name in self.sums else value
 
     def of(self, name: str, like: Tensor | None) -> Tensor | None:
         """The sum in the type of the weight; zeros if nothing was added, None if there is no such weight."""
@@ -213,10 +213,10 @@ def write_adjoint(
     return dstate, rows
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b over all leading dimensions: [..., M], [..., N] -> [M, N]; on CUDA the sum leaves in fp32."""
+def product(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """a^T b over all leading dimensions: [..., M], [..., N] -> [M, N]; wide: on CUDA the sum leaves in fp32."""
     a, b = a.flatten(0, -2), b.flatten(0, -2)
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if wide and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return torch.mm(a.t(), b)
 
@@ -234,12 +234,12 @@ def weight_gradients(
         grads: where to add.
     """
     if weights.output is None:
-        grads.add("ffn_hidden", product(rows["read"], read))
+        grads.add("ffn_hidden", product(rows["read"], read, grads.several))
     else:
         _add_gated(grads, "output", ("forget", "input"), rows["read"], read, weights.output.shape[0])
     if "ffn" in rows:
         assert tape.ffn_input is not None
-        grads.add("ffn_hidden", product(rows["ffn"], tape.ffn_input))
+        grads.add("ffn_hidden", product(rows["ffn"], tape.ffn_input, grads.several))
     if "hidden" in rows:
         assert tape.hidden is not None and weights.ffn_output is not None
         names = ("ffn_forget", "ffn_input")
@@ -247,7 +247,7 @@ def weight_gradients(
 
 
 def _add_gated(grads: Gradients, output: str, gates: tuple[str, str], rows: Tensor, seen: Tensor, width: int) -> None:
-    parts = product(rows, seen).split(width)
+    parts = product(rows, seen, grads.several).split(width)
     grads.add(output, parts[0])
     for name, part, one in zip(gates, parts[1:], rows.split(width, dim=-1)[1:], strict=False):
         grads.add(f"{name}_weight", part)
@@ -403,7 +403,7 @@ def products(chunk: Chunk, result: ChunkRows, dtokens: tuple[Tensor, Tensor], gr
         grads: added to.
     """
     u = normalised_state(chunk.entering[:, chunk.first : chunk.last], chunk.weights)
-    grads.add("stacked", product(result.dproj.flatten(-3), u))
+    grads.add("stacked", product(result.dproj.flatten(-3), u, grads.several))
     if result.dread is None:
         return
     end = chunk.first + chunk.count

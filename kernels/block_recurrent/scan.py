@@ -21,8 +21,10 @@ from longspan.kernels.block_recurrent.state_path import StatePath, project_state
 from longspan.kernels.block_recurrent.three_phase import Chain, Reads
 
 Keep = Literal["all", "border"]
-KEEP_LIMIT_BYTES = 2 << 30  # reads above this are recomputed from the border states
-CHUNK_BLOCK_ROWS = 64  # blocks times rows that the backward recomputes at once
+KEEP_LIMIT_BYTES = 4 << 30  # reads above this are recomputed from the border states
+# Numbers that go through at once where not everything is kept, in the states of all rows or, where a window is longer,
+# in its tokens: 64 blocks of the paper's size. Chunks of fewer numbers leave a GPU waiting for the host.
+CHUNK_VALUES = 64 * 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def scan_states(
         path: weights, of any gate and mode, or frozen.
         window: W.
         keep: "all" keeps the reads of every block for the backward, "border" only the entering states. None: all if
-            they take less than 2 GiB.
+            they take at most 4 GiB.
         fast: run in Triton what has a kernel.
 
     Returns:
@@ -90,9 +92,16 @@ def keep_of(path: StatePath, weights: ScanWeights, reset: Tensor, tokens: Tensor
     return "all" if row * reset.numel() <= KEEP_LIMIT_BYTES and torch.is_grad_enabled() else "border"
 
 
-def chunk_blocks(rows: int) -> int:
-    """Blocks of `rows` rows that go through at once where not everything is kept."""
-    return max(1, CHUNK_BLOCK_ROWS // rows)
+def chunk_blocks(rows: int, blocks: int, states: int, window: int, width: int) -> int:
+    """Blocks that go through at once where not everything is kept: as few chunks as may be, of about the same length.
+
+    Args:
+        rows, blocks, states, window: B, n, S, W.
+        width: D.
+    """
+    most = max(1, CHUNK_VALUES // (rows * max(states, window) * width))
+    chunks = -(-blocks // most)
+    return -(-blocks // chunks)
 
 
 def written_blocks(tokens: int, window: int, blocks: int, dlast: Tensor | None) -> int:
@@ -172,11 +181,11 @@ def _backward(
     rows, blocks = reset.shape
     steps = _steps(fast)
     written = written_blocks(keys.shape[1] - window, window, blocks, dlast)
-    grads = Gradients()
     carry = fresh_carry(dlast, chain.last)
     dinitial = torch.zeros_like(carry)
     dtokens = steps.token_gradients(keys, values, window, written)
-    step = chunk_blocks(rows)
+    step = chunk_blocks(rows, blocks, entering.shape[2], window, entering.shape[3])
+    grads = Gradients(several=step < blocks)
     for first in reversed(range(0, blocks, step)):
         last = min(first + step, blocks)
         if chain.reads is None:

@@ -22,22 +22,33 @@ from longspan.kernels.block_recurrent.triton_tiles import key_gradient, load_row
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["slot", "B"])
+@triton.jit(do_not_specialize=["slot", "slots", "B"])
 def read_gradient_kernel(
-    rows, matrix, read, dread, delta, slot, rows_b, read_b, dread_b, delta_b, B, S, K,
-    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    rows, matrix, read, dread, delta, slot, slots, rows_b, read_b, dread_b, delta_b, B, S, K,
+    H: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dread = rows @ matrix [K, 2*H*DH] for one block, and delta; one head of one read in a tile."""
+    """dread = rows @ matrix [K, 2*H*DH] for one block, and delta; one head of one read in a tile.
+
+    With TMA, which needs EVEN and that BM divides S, rows comes as a descriptor of [B*slots*S, K] in pieces of
+    [BM, BK], matrix in pieces of [BK, DH].
+    """
     flat = tl.program_id(0) * BM + tl.arange(0, BM)
     head = tl.program_id(1)
     batch, state = flat // S, flat % S
     inside = flat < B * S
     column = head * DH + tl.arange(0, DH)
-    at_rows = rows + batch[:, None].to(tl.int64) * rows_b + (slot.to(tl.int64) * S + state[:, None]) * K
+    if TMA:
+        begin = tl.program_id(0) * BM
+        source = (begin // S * slots + slot) * S + begin % S
+    else:
+        at_rows = rows + batch[:, None].to(tl.int64) * rows_b + (slot.to(tl.int64) * S + state[:, None]) * K
     acc = tl.zeros([BM, DH], tl.float32)
     for at in range(0, K, BK):
         k = at + tl.arange(0, BK)
-        if EVEN:
+        if TMA:
+            a = rows.load([source, at])
+            b = matrix.load([at, head * DH])
+        elif EVEN:
             a = tl.load(at_rows + k[None, :])
             b = tl.load(matrix + k[:, None] * (2 * H * DH) + column[None, :])
         else:

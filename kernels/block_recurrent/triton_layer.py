@@ -118,10 +118,13 @@ class _Segment:
         """n."""
         return self.reset.shape[1]
 
-    def spans(self, step: int) -> list[tuple[int, int, slice]]:
-        """(first block, end, their tokens) of every chunk of `step` blocks."""
-        window, tokens = self.plan.window, self.qkv.shape[1]
-        ends = ((first, min(first + step, self.blocks)) for first in range(0, self.blocks, step))
+    def spans(self, state: Tensor | None) -> list[tuple[int, int, slice]]:
+        """(first block, end, their tokens) of every chunk that states [..., S, D] are cut into; None: of one chunk."""
+        window, tokens, (rows, blocks) = self.plan.window, self.qkv.shape[1], self.reset.shape
+        step = blocks
+        if state is not None:
+            step = chunk_blocks(rows, blocks, state.shape[-2], window, state.shape[-1])
+        ends = ((first, min(first + step, blocks)) for first in range(0, blocks, step))
         return [(first, end, slice(first * window, min(end * window, tokens))) for first, end in ends]
 
     def tokens(self, span: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +211,7 @@ def _forward(
     """(read, last state, what the backward pass needs of them: border states, log-sum-exp, and all else if kept)."""
     plan, reset, queries = segment.plan, segment.reset, segment.queries
     keep_all = plan.keep == "all"
-    spans = segment.spans(segment.blocks if keep_all else chunk_blocks(reset.shape[0]))
+    spans = segment.spans(None if keep_all else state)
     read = queries.new_empty(queries.shape)
     lses = read.new_empty(read.shape[0], read.shape[2], read.shape[1], dtype=torch.float32)
     entering = state.new_empty(*reset.shape, *state.shape[1:]) if train and len(spans) > 1 else None
@@ -250,7 +253,8 @@ class _Backward:
         self.dread = torch.zeros_like(read) if dread is None else dense_heads(dread)
         self.dlast, self.wanted = dlast, wanted
         self.dqueries = torch.empty_like(read)
-        self.grads = Gradients()
+        self.spans = segment.spans(last)
+        self.grads = Gradients(several=len(self.spans) > 1)
 
     def run(self, dqkv: Tensor, fork: Fork | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Write dqueries and grads, add to dqkv; gradients of the state before the segment and of the cache.
@@ -265,7 +269,7 @@ class _Backward:
             dcache = (torch.zeros_like(segment.cached_keys), torch.zeros_like(segment.cached_values))
         dinitial = torch.zeros_like(carry)
         written = written_blocks(read.shape[1], window, segment.blocks, self.dlast)
-        for first, end, span in reversed(segment.spans(chunk_blocks(read.shape[0]))):
+        for first, end, span in reversed(self.spans):
             if self.kept:
                 rows = slice(span.start, span.stop + window)
                 keys, values, inv = (x[:, rows] for x in self.kept[:3])

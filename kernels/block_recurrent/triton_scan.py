@@ -7,12 +7,13 @@ mode; the state FFN of modes dual and single stays in PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels.block_recurrent import three_phase, triton_forward
 from longspan.kernels.block_recurrent.adjoint import (
@@ -46,7 +47,8 @@ from longspan.kernels.block_recurrent.triton_adjoint import (
     sums_kernel,
     token_gradient_kernel,
 )
-from longspan.kernels.launches import blocks_of
+from longspan.kernels.launches import RepeatedLaunch, blocks_of
+from longspan.kernels.window_attention.fused import copies_tiles
 
 # Programs that share the rows and blocks of a chunk to form the sums of one state vector: with 8 x 4096 tokens on an
 # H100 it takes 156 us, and 197 if every row has its own.
@@ -151,7 +153,8 @@ class _Launches:
         # with the blocks that are not written, as zeros, `read` need not be cut for the product with it
         slots = self.read.shape[1] if count else 0
         self.before_read = torch.empty(self.rows, slots, self.states, self.matrix.shape[0], dtype=ct, device=device)
-        self.before_read[:, count:].zero_()
+        if count < slots:
+            self.before_read[:, count:].zero_()
         self.dread = torch.empty(self.rows, count, self.states, 2, self.heads, self.width, dtype=ct, device=device)
         self.delta = torch.empty(self.rows, count, 2, self.heads, self.states, dtype=torch.float32, device=device)
         shape = (self.slots, self.rows, self.states)
@@ -165,52 +168,52 @@ class _Launches:
         self.even = divide(self.tiles, self.states, chunk.window)
         inner = self.matrix.shape[0] % self.product.columns
         self.whole_product = self.rows * self.states % self.product.rows == 0 == inner
+        # with 8 rows of 512 states 38 us a block, not 42, on an H100; with one row, in small tiles, 11, not 9
+        large = self.product == PRODUCT_LARGE and self.states % self.product.rows == 0
+        self.fetched = large and self.whole_product and count > 0 and copies_tiles(device)
+        self.fetched = self.fetched and all(x.data_ptr() % 16 == 0 for x in (self.before_read, self.matrix))
         self.attention_tiles = blocks_of(self.states, self.tiles.rows)
         self.scale_parts = torch.empty(
             count, self.rows, 2, self.heads, self.attention_tiles, dtype=torch.float32, device=device
         )
         self.grad_strides = chunk.dkeys.stride()[:4]
         self.columns = triton.next_power_of_2(self.dim)
-        self.ready: dict[Any, Any] = {}
+        self.state_gradients: dict[tuple[bool, int], RepeatedLaunch] = {}
 
-    def _launch(self, name: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        """Launch; from the second time on without looking up which variant of the kernel fits.
-
-        Between launches of one name only integers change that no variant depends on.
-        """
-        if self.ready.get(name) is None:
-            self.ready[name] = kernel[grid](*args, **options)
-        else:
-            self.ready[name][(*grid, 1, 1)[:3]](*args)
-
-    def read_gradient(self, slot: int) -> None:
-        """before_read -> dread, delta."""
+    @cached_property
+    def read_gradient(self) -> RepeatedLaunch:
+        """before_read -> dread, delta, of the block in a slot, the argument of a call."""
         tiles = self.product
         grid = (blocks_of(self.rows * self.states, tiles.rows), 2 * self.heads)
-        self._launch(
-            "read", read_gradient_kernel, grid,
-            self.before_read, self.matrix, self.read, self.dread, self.delta, slot,
+        rows, matrix = self.before_read, self.matrix
+        if self.fetched:
+            rows = TensorDescriptor.from_tensor(rows.flatten(0, 2), [tiles.rows, tiles.columns])
+            matrix = TensorDescriptor.from_tensor(matrix, [tiles.columns, self.width])
+        args = (
+            rows, matrix, self.read, self.dread, self.delta, 0, self.before_read.shape[1],
             self.before_read.stride(0), self.read.stride(0), self.dread.stride(0), self.delta.stride(0),
             self.rows, self.states, self.matrix.shape[0],
-            self.heads, self.width, tiles.rows, tiles.columns, self.whole_product,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            self.heads, self.width, tiles.rows, tiles.columns, self.whole_product, self.fetched,
         )  # fmt: skip
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        return RepeatedLaunch(read_gradient_kernel, grid, args, (5,), **options)
 
-    def attention_gradient(self, slot: int) -> None:
-        """dread -> dproj."""
+    @cached_property
+    def attention_gradient(self) -> RepeatedLaunch:
+        """dread -> dproj, of the block in a slot and in the segment, the arguments of a call."""
         chunk, tiles = self.chunk, self.tiles
         grid = (3 * self.attention_tiles * self.heads * self.rows,)
-        self._launch(
-            "attention", attention_gradient_kernel, grid,
+        args = (
             self.proj, self.inv, self.lse, self.delta, self.dread, self.keys, self.values, chunk.reset,
             self.dkeys, self.dvalues, chunk.weights.self_scale, chunk.weights.token_scale, self.dproj,
-            self.scale_parts, slot, chunk.first + slot,
+            self.scale_parts, 0, 0,
             self.proj.stride(0), self.inv.stride(0), self.lse.stride(0), self.delta.stride(0), self.dread.stride(0),
             *self.keys.stride()[:3], *self.values.stride()[:3], *self.grad_strides,
             self.rows, self.states, chunk.window, self.blocks,
             self.heads, self.width, tiles.rows, tiles.columns, self.even,
-            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        return RepeatedLaunch(attention_gradient_kernel, grid, args, (14, 15), **options)
 
     def offered_gradient(self, slot: int) -> None:
         """dproj of a block that nobody writes."""
@@ -226,14 +229,17 @@ class _Launches:
         gate = self.kernel_gate if 0 < slot <= chunk.count else 0
         if not norm and not gate:
             return
-        self._launch(
-            ("state", norm, gate), state_gradient_kernel, (self.rows * self.states,),
-            self.carry, self.du, chunk.entering, chunk.weights.norm, chunk.reset, self.dinitial,
-            self.gate, self.written, self.before_read, slot, chunk.first + slot, slot - 1,
-            self.before_read.stride(0), 0 if self.written is None else self.written.stride(0),
-            self.rows, self.states, self.dim, self.blocks, norm, gate, chunk.weights.tanh,
-            self.columns,
-        )  # fmt: skip
+        if (norm, gate) not in self.state_gradients:
+            args = (
+                self.carry, self.du, chunk.entering, chunk.weights.norm, chunk.reset, self.dinitial,
+                self.gate, self.written, self.before_read, 0, 0, 0,
+                self.before_read.stride(0), 0 if self.written is None else self.written.stride(0),
+                self.rows, self.states, self.dim, self.blocks, norm, gate, chunk.weights.tanh,
+                self.columns,
+            )  # fmt: skip
+            grid = (self.rows * self.states,)
+            self.state_gradients[norm, gate] = RepeatedLaunch(state_gradient_kernel, grid, args, (9, 10, 11))
+        self.state_gradients[norm, gate](slot, chunk.first + slot, slot - 1)
 
 
 def serial(chunk: Chunk, carry: Tensor, dinitial: Tensor, grads: Gradients) -> tuple[Tensor, ChunkRows]:
@@ -257,12 +263,12 @@ def serial(chunk: Chunk, carry: Tensor, dinitial: Tensor, grads: Gradients) -> t
                 for name, value in found.items():
                     rows.setdefault(name, []).append(value)
             launches.read_gradient(slot)
-            launches.attention_gradient(slot)
+            launches.attention_gradient(slot, block)
+            torch.mm(launches.dproj_of[slot], weights.stacked, out=launches.du_of[slot])
         else:
             launches.offered_gradient(slot)
-        # the queries' half of a block that nobody writes is zero
-        inner = weights.stacked.shape[0] if slot < count else weights.stacked.shape[0] // 2
-        torch.mm(launches.dproj_of[slot][:, :inner], weights.stacked[:inner], out=launches.du_of[slot])
+            half = weights.stacked.shape[0] // 2  # the queries' half of a block that nobody writes is zero
+            torch.mm(launches.dproj_of[slot][:, :half], weights.stacked[:half], out=launches.du_of[slot])
         launches.state_gradient(slot, norm=True)
     stacked = {name: torch.stack(values[::-1], dim=1) for name, values in rows.items()}
     stacked["read"] = launches.before_read
@@ -293,7 +299,7 @@ def _add_sums(launches: _Launches, grads: Gradients) -> None:
     grads.add("norm", small[0])
     if has_gate:
         grads.add("gate_bias", small[1])
-    grads.add("stacked", product(launches.dproj.flatten(-3), u))
+    grads.add("stacked", product(launches.dproj.flatten(-3), u, grads.several))
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class Sizes:
     def blocks(self) -> int:
         return -(-self.tokens // self.window)
 
+    def values(self, blocks: int) -> int:
+        """Of so many blocks of all rows, as the scan counts them to cut a segment into chunks."""
+        return blocks * self.rows * max(self.states, self.window) * self.dim
+
 
 @dataclass
 class Case:

@@ -31,12 +31,28 @@ def triton_form(inputs):  # type: ignore[no-untyped-def]
         return block_recurrent(inputs)
 
 
-@pytest.fixture(params=[("all", 64), ("border", 64), ("border", 2)], ids=["all", "border", "border2"])
+@pytest.fixture(params=[("all", 9), ("border", 9), ("border", 2)], ids=["all", "border", "border2"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the forward keeps, and how many block rows the backward computes at once."""
+    """What the forward keeps, and how many blocks the backward computes at once."""
     keep, chunk = request.param
     monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", 1 << 40 if keep == "all" else -1)
-    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", chunk)
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", TINY.values(chunk))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ((8, 8, 512, 512, 1024), 8),
+        ((8, 64, 512, 512, 1024), 8),
+        ((1, 2048, 512, 512, 1024), 64),
+        ((100, 8, 512, 512, 1024), 1),
+        ((32, 64, 256, 64, 384), 10),
+        ((8, 9, 512, 512, 1024), 5),  # not eight and one
+        ((8, 64, 16, 512, 1024), 8),  # the tokens count
+    ],
+)
+def test_chunks_hold_as_many_numbers_whatever_the_sizes(sizes: tuple[int, ...], blocks: int) -> None:
+    assert scan_module.chunk_blocks(*sizes) == blocks
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 27, 40], ids=lambda tokens: f"T{tokens}")
@@ -129,7 +145,9 @@ def test_kernels_equal_autograd(gate: str, mode: str, sizes: Sizes, last: bool) 
 
 
 @interpreted
-@pytest.mark.parametrize(("copies", "tokens"), [(True, 64), (False, 64), (True, 61)])
+@pytest.mark.parametrize(
+    ("copies", "tokens"), [(True, 64), pytest.param(False, 64, marks=pytest.mark.long), (True, 61)]
+)
 def test_tokens_read_through_the_copy_engine_or_pointers(
     copies: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +156,7 @@ def test_tokens_read_through_the_copy_engine_or_pointers(
 
     asked = []
     monkeypatch.setattr(triton_tokens, "copies_tiles", lambda device: asked.append(device) or copies)
-    case = make_case("fixed", "skip", Sizes(tokens=tokens, window=32, rows=3))
+    case = make_case("fixed", "skip", Sizes(tokens=tokens, window=32))
     gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
     assert max(gaps.values()) < 5e-6, gaps
     assert len(asked) == (2 if tokens == 64 else 0)
@@ -168,10 +186,30 @@ def test_sums_in_parts_of_rows_and_of_blocks(parts: int, monkeypatch: pytest.Mon
 
 
 @interpreted
+@pytest.mark.parametrize("copies", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_reads_gradient_through_the_copy_engine_or_pointers(copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles of the product, which fit the case; the second chunk has a block that nobody writes."""
+    from longspan.kernels.block_recurrent import triton_scan
+    from longspan.kernels.block_recurrent.tiles import Tiles
+
+    asked = []
+    sizes = Sizes(tokens=40, states=32, dim=32, width=16)
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", sizes.values(2))
+    monkeypatch.setattr(triton_scan, "LARGE_ROWS", 1)
+    monkeypatch.setattr(triton_scan, "PRODUCT_WIDE", Tiles(16, 32, 4, 2))
+    monkeypatch.setattr(triton_scan, "PRODUCT_LARGE", Tiles(16, 32, 4, 2))
+    monkeypatch.setattr(triton_scan, "copies_tiles", lambda device: asked.append(device) or copies)
+    case = make_case("fixed", "skip", sizes)
+    gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
+    assert max(gaps.values()) < 5e-6, gaps
+    assert len(asked) == 1  # nothing is written in the other chunk
+
+
+@interpreted
 def test_kernels_in_chunks_from_the_border_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", -1)
-    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", 4)
-    case = make_case("fixed", "skip", Sizes(tokens=72))
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", Sizes().values(2))
+    case = make_case("fixed", "skip", Sizes(tokens=48))  # three blocks, all written: two at once, and one
     gaps = errors(everything(case.to(torch.float32), triton_form), everything(case, two_phase))
     assert max(gaps.values()) < 5e-6, gaps
 
@@ -201,8 +239,8 @@ def test_kernels_write_all_they_return_and_take_a_slice_of_the_flags(
     keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", 1 << 40 if keep == "all" else -1)
-    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", 4)
-    case = make_case("fixed", "skip", Sizes(tokens=88))
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", Sizes().values(2))
+    case = make_case("fixed", "skip", Sizes(tokens=88 if keep == "border" else 40))
     wide = torch.ones(case.reset.shape[0], 2 * case.reset.shape[1], dtype=torch.bool)
     wide[:, 1::2] = case.reset
     case.reset = wide[:, 1::2]

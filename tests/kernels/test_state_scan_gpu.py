@@ -12,6 +12,7 @@ from scan_cases import Case, Sizes, errors, everything, make_case
 
 from longspan.kernels.block_recurrent import scan as scan_module
 from longspan.kernels.block_recurrent.api import block_recurrent
+from longspan.kernels.launches import RepeatedLaunch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 BASE = {"window": 512, "states": 512, "dim": 1024, "heads": 8, "width": 128, "ffn": 1024}
@@ -72,9 +73,37 @@ def test_from_border_states_as_with_everything_kept(monkeypatch: pytest.MonkeyPa
     case = make_case(*CASES["five rows"]).to(torch.bfloat16, "cuda")
     kept = everything(case, block_recurrent)
     monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", -1)
-    monkeypatch.setattr(scan_module, "CHUNK_BLOCK_ROWS", 5)  # one block
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", 1)  # one block
     gaps = errors(everything(case, block_recurrent), {name: x.double() for name, x in kept.items()})
     assert max(gaps.values()) < 1e-2, gaps
+
+
+def test_many_short_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second block of a chunk on, launches go straight to the driver; rows that large tiles and copies fit."""
+    sizes = Sizes(rows=8, tokens=39 * 64 + 20, window=64, states=256, dim=384, heads=6, width=64)
+    case, noted = make_case("fixed", "skip", sizes), []
+
+    class Noted(RepeatedLaunch):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            noted.append(self)
+
+    monkeypatch.setattr("longspan.kernels.block_recurrent.triton_scan.RepeatedLaunch", Noted)
+    assert scan_module.chunk_blocks(8, 40, 256, 64, 384) == 40
+    check(case, torch.bfloat16)
+    ours = case.to(torch.bfloat16, "cuda")
+    whole = {name: x.double() for name, x in everything(ours, block_recurrent).items()}
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", sizes.values(11))
+    assert scan_module.chunk_blocks(8, 40, 256, 64, 384) == 10
+    for limit in (1 << 40, -1):
+        monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", limit)
+        noted.clear()
+        with poisoned_memory():
+            found = everything(ours, block_recurrent)
+        gaps = errors(found, whole)
+        assert max(gaps.values()) < 1e-2, (limit, gaps)
+        # of the read, of the attention, of the norm with and without a gate behind it, in each of four chunks
+        assert len(noted) >= 4 * 4 and all(each.direct is not None for each in noted)
 
 
 @pytest.mark.parametrize("name", ["one row", "five rows"])

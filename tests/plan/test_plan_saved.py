@@ -97,19 +97,33 @@ def check_growth(layers: list[dict], policy: str) -> None:
     assert planned[LONG] - planned[SHORT] == pytest.approx(growth, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens", "sizes"), [(2, 500, (16, 16, 64)), (32, 4096, (256, 64, 384)), (1, 70_000, (512, 512, 1024))]
+)
+def test_chunks_of_blocks_are_those_of_the_scan(rows: int, tokens: int, sizes: tuple[int, int, int]) -> None:
+    states, window, dim = sizes
+    changes = {"window_tokens": window, "dim": dim, "layers": [RECURRENT | {"num_states": states}]}
+    setting = Setting(ModelConfig(**(TINY | changes)), rows, tokens, 1, "bf16", "none", "none", 0)
+    blocks = -(-tokens // window)
+    layer = setting.model.expanded_layers()[0]
+    assert memory.chain_chunk_blocks(setting, layer) == scan.chunk_blocks(rows, blocks, *sizes)
+
+
 def test_limits_are_those_of_the_kernels() -> None:
+    from longspan.kernels.block_recurrent import scan_layer
     from longspan.kernels.cross_entropy import autograd as loss
     from longspan.kernels.feed_forward import autograd as feed_forward
     from longspan.kernels.linear_attention import reference as linear_attention
     from longspan.kernels.tensor_parallel import vocabulary
-    from longspan.kernels.window_attention import fused
+    from longspan.kernels.window_attention import fused, support
     from longspan.kernels.window_attention.tiles import choose_tiles
 
     assert memory.LOSS_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
     assert memory.DIVIDED_CHUNK_LOGITS == vocabulary.MAX_CHUNK_LOGITS
     assert memory.FFN_CHUNK_HIDDEN == feed_forward.MAX_CHUNK_HIDDEN
     assert memory.CHAIN_KEEP_BYTES == scan.KEEP_LIMIT_BYTES
-    assert memory.CHAIN_CHUNK_BLOCKS == scan.CHUNK_BLOCK_ROWS
+    assert memory.KERNEL_HEAD_WIDTHS == support.WIDTHS == scan_layer.HEAD_WIDTHS
+    assert memory.CHAIN_CHUNK_VALUES == scan.CHUNK_VALUES
     assert memory.LINEAR_CHUNK_TOKENS == linear_attention.CHUNK_TOKENS
     assert memory.WINDOW_PIECE_TOKENS == fused.PIECE_TOKENS
     tiles = [choose_tiles(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]

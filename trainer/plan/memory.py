@@ -29,12 +29,13 @@ GIB = 2**30
 LOSS_CHUNK_LOGITS = 2**28  # logits that exist at a time
 DIVIDED_CHUNK_LOGITS = 2**26  # the same where tensor-parallel ranks divide the vocabulary
 FFN_CHUNK_HIDDEN = 2**27  # hidden values that exist at a time where they are not kept
-CHAIN_KEEP_BYTES = 2**31  # reads of the state above this are recomputed
-CHAIN_CHUNK_BLOCKS = 64  # blocks x rows of the state path that pass through at a time
+CHAIN_KEEP_BYTES = 2**32  # reads of the state above this are recomputed
+CHAIN_CHUNK_VALUES = 2**25  # numbers in the states of all rows, or in their windows' tokens, that pass at a time
 LINEAR_CHUNK_TOKENS = 64
 WINDOW_PIECE_TOKENS = 40 * 2**10  # keys whose scores' gradients are stored at a time
 WINDOW_TILE_TOKENS = 64  # keys of a tile of them
 WINDOW_DISTANCES = 128  # from here on all have one bias
+KERNEL_HEAD_WIDTHS = (16, 32, 64, 128)  # of window attention and of the recurrent layer
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
     received = Counter({"messages received": int(kept_message_bytes(setting, layer))})
     if setting.checkpointing == "layer":
         return Counter({"layer input": row}) + received
+    # both sums of the residual stream, or only by what number each norm divided its rows
+    norms = {"factors of the norms": int(2 * tokens * FP32)}
     around = Counter(
         {
-            "layer input": row,
-            "after the mixer": row,
+            **(norms if sums_in_place(setting) else {"layer input": row, "after the mixer": row}),
             "normalised for the FFN": row,
             "FFN hidden": int(tokens * config.ffn_dim * element),
             "bits of the ReLU": int(tokens * config.ffn_dim / 8),
@@ -139,6 +141,11 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
     if setting.checkpointing == "mixer":
         return around + received + Counter({"normalised for the mixer": row})
     return around + mixer_saved(setting, layer)
+
+
+def sums_in_place(setting: Setting) -> bool:
+    """Whether products are added to the residual stream in its own memory, which nothing then keeps."""
+    return setting.model.dropout == 0 and setting.tp == 1 and setting.checkpointing != "layer"
 
 
 def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
@@ -217,7 +224,7 @@ def backward_workspace(setting: Setting, layer: object) -> float:
     config, element, tokens = setting.local, setting.element_bytes, _stack_tokens(setting)
     row, hidden = tokens * config.dim * element, tokens * config.ffn_dim * element
     mixer = row + _mixer_workspace(setting, layer)  # with the gradient of the residual stream
-    behind = 2 * row  # the sum after the mixer and its norm
+    behind = row if sums_in_place(setting) else 2 * row  # the norm after the mixer, and its sum
     again = 0.0 if setting.checkpointing == "none" else float(sum(mixer_saved(setting, layer).values()))
     if setting.checkpointing == "layer":
         # hidden vectors and their gradients exist in chunks, whose products are summed in fp32
@@ -262,11 +269,20 @@ def _window_bytes(setting: Setting, layer: object) -> float:
     return scores + tiles * config.num_heads * WINDOW_DISTANCES * FP32
 
 
+def chain_chunk_blocks(setting: Setting, layer: BlockRecurrentConfig) -> int:
+    """Blocks of a row that pass through the state path at a time."""
+    config = setting.model
+    blocks = math.ceil(setting.segment_tokens / config.window_tokens)
+    values = setting.rows * max(layer.num_states, config.window_tokens) * config.dim
+    most = max(1, CHAIN_CHUNK_VALUES // values)
+    return math.ceil(blocks / math.ceil(blocks / most))
+
+
 def _scan_chunk_bytes(setting: Setting, layer: BlockRecurrentConfig) -> float:
     """What exists of one chunk of blocks while the scan goes back through it."""
     config, element = setting.model, setting.element_bytes
     width = config.num_heads * config.head_dim
-    blocks = min(setting.tokens / config.window_tokens, max(CHAIN_CHUNK_BLOCKS, setting.rows))  # of all rows
+    blocks = setting.rows * chain_chunk_blocks(setting, layer)
     # gradients: of keys and values offered, of all four projections, of both reads; the normalised state's and itself
     of_state = 8 * width + 2 * config.dim
     written = (3 if layer.gate == "lstm" else 1) * config.dim
