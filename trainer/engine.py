@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from longspan.cluster.mesh import Mesh
 from longspan.data_pipeline.batch import Batch
 from longspan.data_pipeline.vocabulary import EOS
+from longspan.errors import ClusterError
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
 from longspan.kernels.tensor_parallel.shard import TensorShard
 from longspan.modeling.context_parallel import set_sequence_shard, shared_state
@@ -31,6 +32,7 @@ from longspan.modeling.tensor_parallel import own_state, partition_of, shard_mod
 from longspan.trainer.config import RunConfig
 from longspan.trainer.logical_state import OptimizerState, Weights, logical_state
 from longspan.trainer.optimizers import build_optimizer
+from longspan.trainer.zero_step import AgreedNorm, leave_gradients
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -120,6 +122,9 @@ class Engine:
         )
         # one rank has nobody to average with: leave out flattening and copying all gradients
         self._deepspeed.enable_backward_allreduce = self.stage > 0 or mesh.dp_cp_size > 1
+        if self._alone():
+            leave_gradients(self._deepspeed.optimizer)
+        self._norm = AgreedNorm(self._deepspeed.optimizer, self.stage)
         self._logical = logical_state(self.stage, model, self.optimizer, self._deepspeed.optimizer, self._tensors)
 
     def step(
@@ -281,19 +286,32 @@ class Engine:
             group["lr"] = lr * group.get("lr_multiplier", 1.0)
         if self.stage == 0 and 0 < self.clip_norm < grad_norm:
             torch._foreach_mul_([*chain(*self._gradients())], self.clip_norm / (grad_norm + 1e-6))
-        self._deepspeed.step()
+        self._step_by(grad_norm)
 
     def _drop_gradients(self) -> None:
         """Forget this step's gradients, on all ranks at once."""
         if self.stage == 0:
             self._deepspeed.zero_grad()
             return
-        # DeepSpeed alone knows all that must be cleared: make its own overflow check refuse the step
+        # DeepSpeed alone knows all that must be cleared
         gradients = [*chain(*self._gradients())]
-        torch._foreach_mul_(gradients, math.nan)
-        self._deepspeed.step()
-        # stage 3 reuses these buffers and would keep the NaN in their padding
+        self._step_by(math.inf)
+        # stage 3 and offloading reuse these buffers, and not every parameter has a gradient every time
         torch._foreach_zero_(gradients)
+
+    def _step_by(self, norm: float) -> None:
+        """DeepSpeed's step by the norm that all ranks know; one that is not finite is to be refused."""
+        self._norm.set(norm)
+        self._deepspeed.step()
+        if self._deepspeed.was_step_applied() != math.isfinite(norm):
+            raise ClusterError(
+                f"DeepSpeed {deepspeed.__version__} took or refused a step by a gradient norm other than {norm}: "
+                "weights are not those of the last checkpoint any more. Install deepspeed 0.19.8 and resume."
+            )
+
+    def _alone(self) -> bool:
+        """At stage 1 this rank averages with nobody, and what it computed is its share of the gradient."""
+        return self.stage == 1 and self.mesh.dp_cp_size == 1 and not self._parallel.offload_optimizer
 
     def _offload(self) -> dict[str, Any] | None:
         if not self._parallel.offload_optimizer:
@@ -310,6 +328,7 @@ class Engine:
             "zero_optimization": {
                 "stage": self.stage,
                 "reduce_bucket_size": min(num_parameters, _MAX_BUCKET),
+                "contiguous_gradients": not self._alone(),
                 "memory_efficient_linear": False,  # would replace torch's linear for the whole process
                 "offload_optimizer": self._offload(),
             },

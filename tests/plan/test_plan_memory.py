@@ -91,12 +91,12 @@ def test_states_of_all_micro_batches_are_held() -> None:
 
 
 def test_buffers_of_the_engine() -> None:
-    """Stage 3 has one for its share of the gradients; from stage 1 on one rank has the bucket for their sum too."""
+    """Stage 3 has one for its share of the gradients; at stage 2 one rank has the bucket for their sum too."""
     whole = 2 * total_parameters(setting().model)
     two = [plan_memory(setting(optimizer="adamw", zero_stage=stage, shards=2)).gradients for stage in (2, 3)]
     assert two[0] < two[1] == whole / 2
-    weights = [plan_memory(setting(optimizer="adamw", zero_stage=stage)).weights for stage in (0, 1)]
-    assert weights == [whole, 2 * whole]
+    weights = [plan_memory(setting(optimizer="adamw", zero_stage=stage)).weights for stage in (0, 1, 2)]
+    assert weights == [whole, whole, 2 * whole]
 
 
 def test_sums_of_the_bias_grow_with_the_segment() -> None:

@@ -75,6 +75,7 @@ def kept_gradient_bytes(setting: Setting, whole: float) -> float:
 
 
 def bucket_bytes(setting: Setting, parameters: int) -> float:
-    """The buffer in which gradients are summed over the ranks; from stage 1 on one rank fills it too."""
-    fills = setting.shards > 1 or (setting.zero_stage > 0 and setting.optimizer != "none")
+    """The buffer in which gradients are summed over the ranks; at stages 2 and 3, or offloaded, one rank has it too."""
+    alone = setting.zero_stage > 1 or (setting.zero_stage == 1 and setting.offload_optimizer)
+    fills = setting.shards > 1 or (alone and setting.optimizer != "none")
     return float(setting.element_bytes * min(parameters, BUCKET_ELEMENTS)) if fills else 0.0
