@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.kernels.feed_forward.api import feed_forward
+from longspan.kernels.feed_forward.api import add_feed_forward_, add_product_, feed_forward
 from longspan.kernels.norm.api import multiply_tiled, rms_norm
 from longspan.kernels.tensor_parallel.shard import WHOLE, TensorShard
 from longspan.kernels.tensor_parallel.vocabulary import vocabulary_embed
@@ -23,9 +23,9 @@ class Dense(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(variance_scaling_(torch.empty(out_dim, in_dim)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] -> [..., out_dim]."""
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in_dim] -> [..., out_dim]; with a residual its sum with that, written over it (`adds_in_place`)."""
+        return F.linear(x, self.weight) if residual is None else add_product_(residual, self.weight, x)
 
 
 class Embedding(nn.Embedding):
@@ -94,6 +94,17 @@ class FeedForward(nn.Module):
         self.hidden = Dense(dim, hidden_dim)
         self.output = Dense(hidden_dim, dim)
 
-    def forward(self, x: Tensor, *, keep_hidden: bool = True) -> Tensor:
-        """x [..., dim] -> [..., dim]; keep_hidden: for the backward pass, instead of computing it there again."""
+    def forward(self, x: Tensor, *, keep_hidden: bool = True, residual: Tensor | None = None) -> Tensor:
+        """Hidden vectors are kept or computed again.
+
+        Args:
+            x: [..., dim].
+            keep_hidden: for the backward pass, instead of computing it there again.
+            residual: as in `Dense`, and then hidden vectors are kept.
+
+        Returns:
+            [..., dim].
+        """
+        if residual is not None:
+            return add_feed_forward_(residual, x, self.hidden.weight, self.output.weight)
         return feed_forward(x, self.hidden.weight, self.output.weight, keep_hidden=keep_hidden)

@@ -38,12 +38,17 @@ class FeedbackWindow(SlidingWindow):
         self.output = Dense(2 * width, model.dim)
         self.state_scale = nn.Parameter(torch.ones(model.num_heads))
 
-    def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
-        """x [B, T, D] of one block, reset bool [B, T] -> y [B, T, D], new keys and values, no auxiliary loss."""
+    def forward(
+        self, x: Tensor, state: State, *, reset: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, State, Aux]:
+        """x [B, T, D] of one block, reset bool [B, T] -> y [B, T, D], new keys and values, no auxiliary loss.
+
+        residual: see `Dense`.
+        """
         own, new_state = self.attend(x, state, reset)
         query = l2_normalise(self.state_query(x).unflatten(-1, (self.heads, -1)), self.state_scale)
         read = cross_attend(query.transpose(1, 2), *(state[name] for name in _READ)).transpose(1, 2)
-        return self.output(torch.cat([own, read], dim=2).flatten(2)), new_state, {}
+        return self.output(torch.cat([own, read], dim=2).flatten(2), residual), new_state, {}
 
 
 class FeedbackStack(Stack):

@@ -23,12 +23,15 @@ class StatefulModule(nn.Module, ABC):
         quantum: tokens between which the state may be cut, and on multiples of which documents start.
         lookback: tokens of keys and values needed from the left.
         dependency: how blocks of tokens depend on each other; decides how the sequence may be divided over ranks.
+        adds_residual: `forward` takes a keyword `residual`, [B, T, D] or None, to which its last product adds y in the
+            residual's own memory (`kernels.feed_forward.api.add_product_`).
         tensor_shard: which heads and hidden units this rank has (`tensor_parallel.shard_model`).
     """
 
     quantum: int
     lookback: int
     dependency: Dependency
+    adds_residual: bool = False
     tensor_shard: TensorShard = WHOLE
 
     @abstractmethod

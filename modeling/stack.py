@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longspan.kernels.context_parallel.messages import keep_messages
-from longspan.kernels.norm.api import add_rms_norm, residual_rms_norm
+from longspan.kernels.feed_forward.api import adds_in_place
+from longspan.kernels.norm.api import add_rms_norm, goes_back_from_output, residual_rms_norm
 from longspan.kernels.tensor_parallel.collectives import enter, leave
 from longspan.modeling.basic import FeedForward, RMSNorm, TiledDropout
 from longspan.modeling.config import (
@@ -37,6 +38,11 @@ MIXERS: dict[type, Callable[..., StatefulModule]] = {
     FullAttentionConfig: FullAttention,
 }
 _BY_COST: tuple[Dependency, ...] = ("parallel", "affine_scan", "state_scan", "stack_scan", "token_serial")
+
+
+def _run(module: StatefulModule, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State, Aux]:
+    done: tuple[Tensor, State, Aux] = module(x, state, reset=reset)
+    return done
 
 
 def _recomputed(module: StatefulModule, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State, Aux]:
@@ -82,7 +88,14 @@ class Layer(StatefulModule):
         return self.mixer.init_state(batch, device)
 
     def forward(
-        self, x: Tensor, state: State, *, reset: Tensor, delta: Tensor | None = None, add: bool = True
+        self,
+        x: Tensor,
+        state: State,
+        *,
+        reset: Tensor,
+        delta: Tensor | None = None,
+        add: bool = True,
+        overwrite: bool = False,
     ) -> tuple[Any, State, Aux]:
         """One layer; its first sum may come from the layer before, and its last be left to the next one's norm.
 
@@ -91,24 +104,42 @@ class Layer(StatefulModule):
             state: of the layer.
             reset: bool [B, ceil(T/quantum)].
             add: False: the two summands of y instead of y.
+            overwrite: x is the caller's own and needed no more, so that products may be added to it in its memory.
 
         Returns:
-            y [B, T, D] or (y1, y2), new state, the mixer's auxiliary losses.
+            y [B, T, D] or (y1, y2), new state, the mixer's auxiliary losses. y2 is None if a product has made the sum.
         """
         mask = self.dropout.mask(x)
+        in_place = mask is None and self._sums_in_place(x)
         if delta is None:
-            x, h = residual_rms_norm(x, self.norm.scale, mask)
+            x, h = residual_rms_norm(x, self.norm.scale, mask, from_output=in_place)
         else:
-            x, h = add_rms_norm(x, delta, self.norm.scale, mask)
+            x, h = add_rms_norm(x, delta, self.norm.scale, mask, from_output=in_place)
         shard, h = self.tensor_shard, enter(h, self.tensor_shard)
-        if self.checkpointing == "mixer" and torch.is_grad_enabled():
-            mixed, state, aux = _recomputed(self.mixer, h, state, reset)
+        again = self.checkpointing == "mixer" and torch.is_grad_enabled()
+        # what runs again in the backward pass must not add again; a sum with a delta is a new tensor
+        if in_place and not again and self.mixer.adds_residual and (overwrite or delta is not None):
+            x, state, aux = self.mixer(h, state, reset=reset, residual=x)
+            y, h = residual_rms_norm(x, self.ffn_norm.scale, from_output=True)
         else:
-            mixed, state, aux = self.mixer(h, state, reset=reset)
-        y, h = add_rms_norm(x, leave(mixed, shard), self.ffn_norm.scale)
+            run = _recomputed if again else _run
+            mixed, state, aux = run(self.mixer, h, state, reset)
+            y, h = add_rms_norm(x, leave(mixed, shard), self.ffn_norm.scale, from_output=in_place)
+        if in_place:
+            y = self.ffn(h, residual=y)
+            return y if add else (y, None), state, aux
         out = self.ffn(enter(h, shard), keep_hidden=self.checkpointing != "layer")
         out = self.dropout(leave(out, shard))
         return y + out if add else (y, out), state, aux
+
+    def _sums_in_place(self, x: Tensor) -> bool:
+        """Whether products may be added to the residual stream in its own memory
+        (docs/decisions/022-residual-sums-in-place.md): nothing is dropped, no rank has a part of the sum, and no layer
+        runs again on an x that is still needed."""
+        norms = (self.norm.scale, self.ffn_norm.scale)
+        weights = (self.ffn.hidden.weight, self.ffn.output.weight)
+        whole = self.tensor_shard.size == 1 and self.checkpointing != "layer"
+        return whole and adds_in_place(x, *weights) and all(goes_back_from_output(x, scale) for scale in norms)
 
     def decode_state(self, state: State) -> State:
         """The mixer's."""
@@ -162,12 +193,15 @@ class Stack(StatefulModule):
         new_state: State = {}
         total: Aux = {}
         delta: Tensor | None = None
-        for name, layer in self._named():
+        for index, (name, layer) in enumerate(self._named()):
             layer_reset = refine_reset(reset, x.shape[1], self.quantum, layer.quantum)
             if self.checkpointing == "layer" and torch.is_grad_enabled():
                 x, new_state[name], aux = _recomputed(layer, x, state[name], layer_reset)
             else:
-                (x, delta), new_state[name], aux = layer(x, state[name], reset=layer_reset, delta=delta, add=False)
+                # behind the first layer x is a sum that a layer has made
+                (x, delta), new_state[name], aux = layer(
+                    x, state[name], reset=layer_reset, delta=delta, add=False, overwrite=index > 0
+                )
             for key, value in aux.items():
                 total[key] = total[key] + value if key in total else value
         return x if delta is None else x + delta, new_state, total

@@ -27,7 +27,7 @@ def relu_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         [N, F]; where it is above 0, as `masked_gradient` takes it, or None.
     """
-    if kernels.supported(x, weight):
+    if kernels.supported(x, weight) and weight.shape[0] * x.element_size() % 16 == 0:  # the result's rows too
         return kernels.relu_product(x, weight)
     # torch's only public way to the epilogue of cuBLAS is the private function behind its fused inference path
     fused = getattr(torch, "_addmm_activation", None)
@@ -53,6 +53,26 @@ def masked_gradient(dy: Tensor, output_weight: Tensor, hidden: Tensor, bits: Ten
     return torch.ops.aten.threshold_backward.grad_input(gradient, hidden, 0, grad_input=gradient)
 
 
+def kept_gradients(
+    dy: Tensor, x: Tensor, hidden: Tensor, bits: Tensor | None, hidden_weight: Tensor, output_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass where the hidden vectors are kept.
+
+    Args:
+        dy: [N, D'], gradient of the output.
+        x: [N, D].
+        hidden, bits: of `relu_product`.
+        hidden_weight, output_weight: [F, D], [D', F].
+
+    Returns:
+        Gradients of x, of the hidden weight and of the output weight.
+    """
+    dy = dy.contiguous()
+    d_output = torch.mm(dy.t(), hidden)
+    d_hidden = masked_gradient(dy, output_weight, hidden, bits)
+    return torch.mm(d_hidden, hidden_weight), torch.mm(d_hidden.t(), x), d_output
+
+
 class _Kept(torch.autograd.Function):
     """Keeps the hidden vectors, and the bits of their ReLU."""
 
@@ -65,11 +85,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, hidden, bits, hidden_weight, output_weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        d_output = torch.mm(dy.t(), hidden)
-        d_hidden = masked_gradient(dy, output_weight, hidden, bits)
-        return torch.mm(d_hidden, hidden_weight), torch.mm(d_hidden.t(), x), d_output
+        return kept_gradients(dy, *ctx.saved_tensors)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -10,7 +10,7 @@ from longspan.kernels import backend
 from longspan.kernels.checks import check_devices
 from longspan.kernels.norm import reference
 
-__all__ = ["add_rms_norm", "multiply_tiled", "residual_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "goes_back_from_output", "multiply_tiled", "residual_rms_norm", "rms_norm"]
 
 MAX_DIM = 16384  # one row stays in the registers of one program
 
@@ -38,45 +38,68 @@ def rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     return reference.rms_norm(x, weight, mask)
 
 
-def residual_rms_norm(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def goes_back_from_output(x: Tensor, weight: Tensor) -> bool:
+    """Whether the norms of a residual stream may be made with `from_output`: by the kernel, in types whose exponents
+    reach to the least weight that it divides by.
+
+    Args:
+        x, weight: as in `rms_norm`.
+    """
+    wide = all(tensor.dtype in (torch.bfloat16, torch.float32) for tensor in (x, weight))
+    return wide and x.shape[-1] <= MAX_DIM and _choose(x, None, weight, None) == "triton"
+
+
+def residual_rms_norm(
+    x: Tensor, weight: Tensor, mask: Tensor | None = None, *, from_output: bool = False
+) -> tuple[Tensor, Tensor]:
     """x itself and its norm, so that both gradients of x meet in one kernel.
 
     Args:
         x, weight, mask: as in `rms_norm`.
+        from_output: as in `add_rms_norm`.
 
     Returns:
         x; RMS(x) * weight * mask.
 
     Raises:
         ShapeError: as in `rms_norm`.
+        ValueError: as in `add_rms_norm`.
     """
+    _check_from_output(from_output, x, weight, mask)
     if _choose(x, None, weight, mask) == "triton":
         from longspan.kernels.norm.triton import residual_norm
 
-        return residual_norm(x, None, weight, mask)
+        return residual_norm(x, None, weight, mask, from_output)
     return x, reference.rms_norm(x, weight, mask)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None = None, *, from_output: bool = False
+) -> tuple[Tensor, Tensor]:
     """The residual sum and its norm in one pass; the gradients of x and delta are one tensor.
 
     Args:
         x: [..., D]; with a mask [..., T, D].
         delta: like x.
         weight, mask: as in `rms_norm`.
+        from_output: the backward pass reads the norm instead of s, so that s may be overwritten after this and costs no
+            memory. The normalised row is then norm / weight: a weight of an absolute value below 2^-100, 0 too, counts
+            as 2^-100 with its sign, in both passes. Only where `goes_back_from_output`, and without a mask.
 
     Returns:
         s = x + delta; RMS(s) * weight * mask.
 
     Raises:
         ShapeError: x and delta differ in shape; else as in `rms_norm`.
+        ValueError: from_output, and there is a mask or these tensors do not go back from the output.
     """
+    _check_from_output(from_output, x, weight, mask)
     if x.shape != delta.shape:
         raise ShapeError(f"x is {list(x.shape)}, delta {list(delta.shape)}: add_rms_norm needs equal shapes.")
     if _choose(x, delta, weight, mask) == "triton":
         from longspan.kernels.norm.triton import residual_norm
 
-        return residual_norm(x, delta, weight, mask)
+        return residual_norm(x, delta, weight, mask, from_output)
     total = x + delta
     return total, reference.rms_norm(total, weight, mask)
 
@@ -99,6 +122,14 @@ def multiply_tiled(x: Tensor, mask: Tensor) -> Tensor:
     _check_rows(x, mask)
     check_devices("multiply_tiled", x, mask)
     return reference.multiply_tiled(x, mask)
+
+
+def _check_from_output(from_output: bool, x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+    if from_output and (mask is not None or not goes_back_from_output(x, weight)):
+        raise ValueError(
+            f"from_output with x {x.dtype} on {x.device} and {'no' if mask is None else 'a'} mask: only the kernel "
+            "goes back from its output, in bf16 and fp32 and without a mask. Ask goes_back_from_output first."
+        )
 
 
 def _check_rows(x: Tensor, mask: Tensor) -> None:

@@ -22,6 +22,7 @@ from longspan.kernels.block_recurrent.state_path import (
 from longspan.kernels.context_parallel.carry import StateGrad
 from longspan.kernels.context_parallel.halo import window_cache
 from longspan.kernels.context_parallel.shard import ONE_RANK, SequenceShard
+from longspan.kernels.feed_forward.api import add_product_
 from longspan.kernels.tensor_parallel.collectives import gather_parts
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.reference import NUM_BUCKETS, l2_normalise
@@ -131,6 +132,7 @@ class BlockRecurrent(StatefulModule):
     """
 
     dependency = "state_scan"
+    adds_residual = True
     shard: SequenceShard = ONE_RANK
     state_slices: int = 1  # parts of the batch that are handed from rank to rank one by one
     state_grad: StateGrad = "full"
@@ -173,8 +175,13 @@ class BlockRecurrent(StatefulModule):
         """Weights of query, key and value as one matrix [3*H*Dh, D]."""
         return torch.cat([self.query.weight, self.key.weight, self.value.weight])
 
-    def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
-        """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new state, no auxiliary loss."""
+    def forward(
+        self, x: Tensor, state: State, *, reset: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, State, Aux]:
+        """x [B, T, D], reset bool [B, ceil(T/W)] -> y [B, T, D], new state, no auxiliary loss.
+
+        residual: see `Dense`.
+        """
         drop = None
         if self.training and self.dropout > 0:
             drop = head_dropout_mask(self.heads, self.window, self.dropout, x, self.tensor_shard)
@@ -198,7 +205,7 @@ class BlockRecurrent(StatefulModule):
             own_heads=own,
             all_tokens=self._all_tokens(qkv, keys, values) if self.recurrent.write is not None else None,
         )
-        y, new_state = self._attend(inputs)
+        y, new_state = self._attend(inputs, residual)
         return y, new_state, {}
 
     def _all_tokens(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
@@ -212,13 +219,15 @@ class BlockRecurrent(StatefulModule):
         """This rank's heads of [B, H', S, Dh]."""
         return heads[:, self.tensor_shard.part(heads.shape[1])]
 
-    def _attend(self, inputs: BlockRecurrentInputs) -> tuple[Tensor, State]:
-        """Attention and output projection, the state handed from rank to rank."""
+    def _attend(self, inputs: BlockRecurrentInputs, residual: Tensor | None) -> tuple[Tensor, State]:
+        """Attention and output projection, added to a residual if there is one; the state goes from rank to rank."""
         if self.recurrent.write is None or self.shard.size == 1:
             out = block_recurrent(inputs)
         else:
             out = block_recurrent_over_ranks(inputs, self.shard, slices=self.state_slices, state_grad=self.state_grad)
-        y = project_sum(out.own.flatten(2), out.read.flatten(2), self.output.weight)
+        sides = out.own.flatten(2), out.read.flatten(2)
+        weight = self.output.weight
+        y = project_sum(*sides, weight) if residual is None else add_product_(residual, weight, *sides)
         new_state: State = {"keys": out.keys, "values": out.values}
         if self.recurrent.write is not None:
             new_state["state"] = out.state.contiguous()  # of all blocks' states the last, perhaps

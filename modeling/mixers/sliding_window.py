@@ -22,6 +22,7 @@ class SlidingWindow(StatefulModule):
 
     quantum = 1
     dependency = "parallel"
+    adds_residual = True
     shard: SequenceShard = ONE_RANK
 
     def __init__(self, model: ModelConfig, layer: SlidingWindowConfig, reset_grid: int) -> None:
@@ -46,10 +47,15 @@ class SlidingWindow(StatefulModule):
         spec = StateSpec((self.window, self.heads, self.head_dim), self.key.weight.dtype, "cache", head_axis=2)
         return {"keys": spec, "values": spec}
 
-    def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
-        """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss."""
+    def forward(
+        self, x: Tensor, state: State, *, reset: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, State, Aux]:
+        """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss.
+
+        residual: see `Dense`.
+        """
         out, new_state = self.attend(x, state, reset)
-        return self.output(out.flatten(2)), new_state, {}
+        return self.output(out.flatten(2), residual), new_state, {}
 
     def attend(self, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State]:
         """What the window gives in front of the output projection, [B, T, H, Dh], and the new state."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from longspan.errors import ShapeError
 from longspan.kernels.backend import Backend, forced
 from longspan.kernels.norm import reference
-from longspan.kernels.norm.api import add_rms_norm, multiply_tiled, residual_rms_norm, rms_norm
+from longspan.kernels.norm.api import add_rms_norm, goes_back_from_output, multiply_tiled, residual_rms_norm, rms_norm
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
@@ -81,6 +81,80 @@ def test_triton_equals_fp64(
         assert relative_error(a, b) < 1e-5, number
 
 
+def run_from_output(tensors: dict[str, Tensor | None], dtype: torch.dtype, delta: bool) -> list[Tensor]:
+    """Outputs, then gradients of x, delta and weight; in fp32 the sum is overwritten before the backward pass."""
+    x, d, weight = (tensors[name].to(dtype).clone().requires_grad_() for name in ("x", "delta", "weight"))
+    given, options = (x * 1, d * 1) if delta else (x * 1,), {"from_output": dtype != torch.float64}
+    total, h = (add_rms_norm if delta else residual_rms_norm)(*given, weight, **options)
+    found = [total.detach().clone(), h]
+    if dtype != torch.float64:
+        total.data.fill_(torch.nan)
+    wanted = [x, d, weight] if delta else [x, weight]
+    return [*found, *torch.autograd.grad([total, h], wanted, [tensors[n].to(dtype) for n in ("d_total", "d_h")])]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("delta", [True, False], ids=["add", "residual"])
+@pytest.mark.parametrize("shape", [(2, 5, 16), (1, 1, 5), (7, 130), (9, 33), (3, 3, 1024), (2, 3, 1500)])
+@pytest.mark.parametrize("ahead", [True, False], ids=["as in 16 bits", "as in fp32"])
+def test_going_back_from_the_output_equals_fp64(
+    ahead: bool, shape: tuple[int, ...], delta: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum is NaN by then. Weights of 0 and close to it have gradients of their own."""
+    from longspan.kernels.norm.triton import _AHEAD_WIDTH
+
+    monkeypatch.setitem(_AHEAD_WIDTH, 4, _AHEAD_WIDTH[2] if ahead else 0)
+    tensors = inputs(shape, None)
+    tensors["weight"][:3] = torch.tensor([0.0, -0.0, -1e-33])
+    want = run_from_output(tensors, torch.float64, delta)
+    with forced("triton"), poisoned_memory():
+        ours = run_from_output(tensors, torch.float32, delta)
+    for number, (a, b) in enumerate(zip(ours, want, strict=True)):
+        assert relative_error(a, b) < 1e-5, number
+    small = ours[-1][:3].double(), want[-1][:3]  # of the weights at 0, which the norm of all would hide
+    assert relative_error(*small) < 1e-5 and small[1].abs().min() > 0
+    assert ours[1][..., :3].abs().max() < 1e-29
+
+
+@needs_interpreter
+def test_going_back_from_the_output_keeps_not_a_number() -> None:
+    x, weight = torch.randn(5, 8), torch.ones(8)
+    x[1, 2] = torch.nan
+    x.requires_grad_()
+    with forced("triton"):
+        _, h = residual_rms_norm(x * 1, weight, from_output=True)
+        (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
+        assert h[1].isnan().all() and dx[1].isnan().all()
+        assert h[[0, 2, 3, 4]].isfinite().all() and dx[[0, 2, 3, 4]].isfinite().all()
+        weight[3] = torch.nan
+        _, h = residual_rms_norm(x * 1, weight, from_output=True)
+    assert h[:, 3].isnan().all() and h[0, :3].isfinite().all()
+
+
+@needs_interpreter
+def test_the_sum_alone_has_a_gradient_without_the_norm() -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    with forced("triton"):
+        total, _ = residual_rms_norm(x * 1, weight, from_output=True)
+        dx, dweight = torch.autograd.grad(total.square().sum(), [x, weight], materialize_grads=True)
+    assert torch.equal(dx, 2 * x) and not dweight.any()
+
+
+@needs_interpreter
+def test_what_cannot_go_back_from_the_output_is_refused() -> None:
+    x, weight, mask = torch.randn(2, 3, 8), torch.ones(8), torch.ones(3, 8)
+    assert not goes_back_from_output(x, weight)
+    with pytest.raises(ValueError, match=r"fp32 and without a mask"):
+        residual_rms_norm(x, weight, from_output=True)
+    with forced("triton"):
+        assert goes_back_from_output(x, weight) and goes_back_from_output(x.bfloat16(), weight)
+        assert not goes_back_from_output(x.half(), weight) and not goes_back_from_output(x, weight.half())
+        with pytest.raises(ValueError, match=r"and a mask"):
+            add_rms_norm(x, x, weight, mask, from_output=True)
+        with pytest.raises(ValueError, match=r"x torch.float16"):
+            add_rms_norm(x.half(), x.half(), weight.half(), from_output=True)
+
+
 @needs_interpreter
 def test_one_used_output_is_enough() -> None:
     """The sum without the norm, and the norm without the sum."""
@@ -114,10 +188,11 @@ def test_a_weight_need_not_be_contiguous(make) -> None:  # type: ignore[no-untyp
 def test_no_rows() -> None:
     with forced("triton"):
         weight = torch.ones(8, requires_grad=True)
-        total, h = add_rms_norm(torch.zeros(2, 0, 8), torch.zeros(2, 0, 8), weight)
-        h.sum().backward()
-    assert total.shape == h.shape == (2, 0, 8)
-    assert torch.equal(weight.grad, torch.zeros(8))
+        for from_output in (False, True):
+            total, h = add_rms_norm(*torch.zeros(2, 2, 0, 8), weight, from_output=from_output)
+            h.sum().backward()
+            assert total.shape == h.shape == (2, 0, 8)
+            assert torch.equal(weight.grad, torch.zeros(8))
 
 
 @needs_interpreter

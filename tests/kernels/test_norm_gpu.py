@@ -91,6 +91,31 @@ def test_both_passes_by_themselves(dim: int) -> None:
     assert relative_error(got[1], dweight) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("delta", [True, False], ids=["add", "residual"])
+@pytest.mark.parametrize(
+    "shape", [(8, 4096, 1024), (2, 515, 1024), (77, 1000), (5, 2048), (500, 4096), (300, 8192), (9, 16384), (130, 24)]
+)
+def test_going_back_from_the_output_equals_fp64(shape: tuple[int, ...], delta: bool, dtype: torch.dtype) -> None:
+    """At 8 x 4096 the paper's width. Weights of 0, -0 and close to it; the sum is NaN before the backward pass."""
+    t = inputs(shape, None, dtype)
+    t["weight"][:3] = torch.tensor([0.0, -0.0, 1e-33])
+    x, d, weight = (t[name].detach().requires_grad_() for name in ("x", "delta", "weight"))
+    with poisoned_memory():
+        given = (x * 1, d * 1) if delta else (x * 1,)
+        total, h = (add_rms_norm if delta else residual_rms_norm)(*given, weight, from_output=True)
+        seen = total.detach().double()
+        total.data.fill_(torch.nan)
+        dx, dweight = torch.autograd.grad([total, h], [x, weight], [t["d_total"], t["d_h"]])
+    exact = (seen.requires_grad_(), weight.detach().double().requires_grad_())
+    want = reference.rms_norm(*exact)
+    want_dx, want_dweight = torch.autograd.grad(want, exact, t["d_h"].double())
+    assert relative_error(h, want) < LIMITS[dtype]
+    assert relative_error(dx, want_dx + t["d_total"].double()) < LIMITS[dtype]
+    assert relative_error(dweight, want_dweight) < LIMITS[dtype]
+    assert relative_error(dweight[:3], want_dweight[:3]) < LIMITS[dtype]
+
+
 def test_the_gradient_of_the_weight_is_the_same_every_time() -> None:
     tensors = inputs((4, 4099, 1024), None, torch.bfloat16)
     first = run("add", tensors, torch.bfloat16)
