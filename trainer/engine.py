@@ -273,6 +273,8 @@ class Engine:
         zero = self._deepspeed.optimizer
         held: dict[int, list[Tensor]] = zero.averaged_gradients
         if self._parallel.offload_optimizer:
+            # DeepSpeed copies them to the host without waiting, and waits itself only later, in its step
+            deepspeed.accelerator.get_accelerator().synchronize()
             gradients = [tensor.grad for tensor in self._logical.optimized_tensors()]
             held = {index: [gradient] for index, gradient in enumerate(gradients) if gradient is not None}
         for index, shares in held.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from trainer_toy import ToyRun
 
 from longspan.cluster.mesh import Mesh
@@ -56,6 +58,38 @@ def test_a_refused_step_leaves_nothing_behind(mesh: Mesh, stage: int, precision:
     assert run.fingerprint() == before
     assert run.losses(range(3, 6)) == never.losses(range(3, 6))
     assert run.fingerprint() == never.fingerprint()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_norm_waits_for_gradients_on_their_way_to_the_host(
+    mesh: Mesh, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, copies of gradients arrive when the device has been waited for."""
+    run, prompt = (toy(mesh, stage, "bf16", True) for _ in range(2))
+    zero = run.engine._deepspeed.optimizer
+    under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+    copy_now, synchronize = zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu, CPU_Accelerator.synchronize
+
+    def copy_later(param: torch.Tensor) -> None:
+        copy_now(param)
+        group, _, first, count = zero.grad_position[zero.get_param_id(param)]
+        arrives = zero.single_partition_of_fp32_groups[group].grad.view(-1).narrow(0, first, count)
+        under_way.append((arrives, arrives.clone()))
+        arrives.zero_()
+
+    def arrive(accelerator: Any, *arguments: Any) -> None:
+        while under_way:
+            place, value = under_way.pop()
+            place.copy_(value)
+        synchronize(accelerator, *arguments)
+
+    monkeypatch.setattr(zero, "async_inplace_copy_grad_to_fp32_buffer_from_gpu", copy_later)
+    monkeypatch.setattr(CPU_Accelerator, "synchronize", arrive)
+    losses = run.losses(range(1))
+    assert not under_way
+    monkeypatch.undo()
+    assert losses == prompt.losses(range(1))
+    assert run.fingerprint() == prompt.fingerprint()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
