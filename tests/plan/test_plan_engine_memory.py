@@ -11,12 +11,14 @@ bucket at stage 1: what has gone since is subtracted.
 
 from __future__ import annotations
 
+import json
 from itertools import accumulate
 from typing import Any
 
 import pytest
 
 from longspan.modeling.config import ModelConfig
+from longspan.trainer import cli
 from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.memory import GIB, plan_memory, sums_in_place
 from longspan.trainer.plan.parameters import total_parameters
@@ -79,3 +81,16 @@ def test_peaks_of_a_small_model_in_the_trainer(mesh: tuple[int, int, int], stage
     """Eight lanes in micro-batches of two: 0.15 GiB are missing in both, which no formula has yet."""
     gone = gone_since(local("rec_fixed_skip_gpu_quick", mesh, stage, 8, 2))
     assert planned("rec_fixed_skip_gpu_quick", mesh, stage, 8, 2) == pytest.approx(measured - gone, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "measured_gib", "measured_ms"), [("rec_gpu_memory", 18.547, 98.1), ("slide_gpu_memory", 16.194, 76.7)]
+)
+def test_runs_of_the_trainer_since_then(
+    capsys: pytest.CaptureFixture[str], recipe: str, measured_gib: float, measured_ms: float
+) -> None:
+    """1,900 steps of each on one H100, 2026-11-22: largest `max_memory_allocated`, median step."""
+    assert cli.main(["plan", f"configs/{recipe}.yaml", "--hardware", "h100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory"]["total_gib"] == pytest.approx(measured_gib, rel=0.02)
+    assert 1e3 * plan["step"]["seconds"] == pytest.approx(measured_ms, rel=0.15)
