@@ -140,6 +140,10 @@ def tell(
     ]
     todo = [kind for kind, count in kills.items() for _ in range(count)]
     generator.shuffle(todo)
+    # a worker is there only while something is left to evaluate: the last kill is another's
+    for kind in [kind for kind in todo if kind != "worker"][-1:]:
+        todo.remove(kind)
+        todo.append(kind)
     total, back_at = len(todo), 0.0
     try:
         with Watcher(setting.run) as watcher:
