@@ -117,8 +117,10 @@ class Layer(StatefulModule):
             x, h = add_rms_norm(x, delta, self.norm.scale, mask, from_output=in_place)
         shard, h = self.tensor_shard, enter(h, self.tensor_shard)
         again = self.checkpointing == "mixer" and torch.is_grad_enabled()
+        # training without gradients is the first of two runs (torch's reentrant checkpoint): the second needs x again
+        ours = delta is not None or (overwrite and (torch.is_grad_enabled() or not self.training))
         # what runs again in the backward pass must not add again; a sum with a delta is a new tensor
-        if in_place and not again and self.mixer.adds_residual and (overwrite or delta is not None):
+        if in_place and not again and self.mixer.adds_residual and ours:
             x, state, aux = self.mixer(h, state, reset=reset, residual=x)
             y, h = residual_rms_norm(x, self.ffn_norm.scale, from_output=True)
         else:

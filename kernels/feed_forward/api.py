@@ -64,8 +64,9 @@ def add_product_(residual: Tensor, weight: Tensor, *parts: Tensor) -> Tensor:
     """residual + x W^T written over the residual, x being the parts side by side: cuBLAS adds to what its output holds
     without a pass of its own.
 
-    The residual must be the caller's to overwrite. If a backward pass needs its old value, autograd refuses that pass,
-    since the result counts as a change of the residual. Nor may this run again in a backward pass (checkpointing).
+    The residual must be the caller's to overwrite. If a backward pass needs its old value and has saved it before,
+    autograd refuses that pass, since the result counts as a change of the residual. Nor may this run again in a
+    backward pass (checkpointing).
 
     Args:
         residual: [..., D'], with `adds_in_place(residual, weight)`.
@@ -77,7 +78,7 @@ def add_product_(residual: Tensor, weight: Tensor, *parts: Tensor) -> Tensor:
 
     Raises:
         ShapeError: the shapes do not fit together.
-        ValueError: these tensors are not added in place.
+        ValueError: these tensors are not added in place, or the residual is a parameter or shares memory with a part.
     """
     width = sum(part.shape[-1] if part.dim() else 0 for part in parts)
     if weight.dim() != 2 or not parts or weight.shape[1] != width:
@@ -104,7 +105,7 @@ def add_feed_forward_(residual: Tensor, x: Tensor, hidden_weight: Tensor, output
 
     Raises:
         ShapeError: the shapes do not fit together.
-        ValueError: these tensors are not added in place.
+        ValueError: these tensors are not added in place, or the residual is a parameter or shares memory with x.
     """
     _check_widths(x, hidden_weight, output_weight)
     _check_residual(residual, x, hidden_weight, output_weight)
@@ -133,3 +134,7 @@ def _check_residual(residual: Tensor, x: Tensor, hidden_weight: Tensor, output_w
             f"the residual is {residual.dtype} on {residual.device}, x {x.dtype}, the weights {types}: these products "
             "are not added in place. Ask adds_in_place first, and add with +."
         )
+    if residual.requires_grad and residual.is_leaf:
+        raise ValueError("the residual is a leaf with a gradient: a parameter is not written over. Pass a sum of it.")
+    if residual.numel() and residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        raise ValueError("the residual and x share memory: x would change while it is read. Pass a copy of either.")

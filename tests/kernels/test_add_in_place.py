@@ -90,6 +90,23 @@ def test_who_still_needs_the_old_value_is_told() -> None:
 
 
 @needs_interpreter
+def test_parameters_and_shared_memory_are_refused() -> None:
+    weight, parts = torch.randn(8, 8), torch.randn(4, 2, 8)
+    leaf = torch.randn(4, 8, requires_grad=True)
+    for residual, part, why in (
+        (leaf, parts[:, 0].contiguous(), "leaf with a gradient"),
+        (leaf * 1, None, "share memory"),
+        (parts.view(8, 8)[:4], parts[:, 0], "share memory"),
+    ):
+        part = residual if part is None else part
+        before = residual.detach().clone()
+        with forced("triton"), pytest.raises(ValueError, match=why):
+            add_product_(residual, weight, part)
+        with forced("triton"), pytest.raises(ValueError, match=why):
+            add_feed_forward_(residual, part, weight, weight)
+        assert torch.equal(residual, before)
+
+
 def test_what_is_not_added_in_place_is_refused() -> None:
     residual, w = torch.zeros(4, 8), torch.zeros(8, 6)
     assert not adds_in_place(residual, w)

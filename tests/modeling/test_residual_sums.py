@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from tiny_models import WINDOW, no_reset, random_tokens, tiny_model
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from longspan.kernels.backend import forced
 from longspan.modeling import stack
 from longspan.modeling.config import ActivationCheckpointing
 from longspan.modeling.model import LanguageModel
+from longspan.modeling.state import State
 
 POLICIES = get_args(ActivationCheckpointing)
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
@@ -160,3 +162,35 @@ def test_an_overwritten_stream_that_is_needed_is_noticed(monkeypatch: pytest.Mon
     monkeypatch.setattr(stack, "residual_rms_norm", lambda *a, from_output=False: right(*a))
     with forced("triton"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         step(tiny_model("sliding_window", torch.float32).train())
+
+
+@needs_interpreter
+def test_a_reentrant_checkpoint_around_the_last_layer_gives_the_same_gradients() -> None:
+    """It saves what the layer was given only after the layer has run, so that no version could tell."""
+    model = tiny_model("sliding_window", torch.float32).train()
+    tokens = random_tokens(2, 2 * WINDOW)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        nll, _, _ = model(tokens, model.init_state(2), reset=no_reset(model, *tokens.shape), labels=tokens.roll(-1, 1))
+        nll.sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    layer = model.backbone.layers[-1]
+    run = layer.forward
+
+    def checkpointed(x: Tensor, state: State, *, delta: Tensor | None = None, **named: Any) -> Any:
+        others: list[Any] = []
+
+        def again(x: Tensor, delta: Tensor | None) -> tuple[Tensor, ...]:
+            both, *others[:] = run(x, state, delta=delta, **named)
+            return tuple(part for part in both if part is not None)
+
+        both = checkpoint(again, x, delta, use_reentrant=True)
+        return (both if len(both) == 2 else (*both, None)), *others
+
+    with forced("triton"):
+        want = gradients()
+        layer.forward = checkpointed
+        ours = gradients()
+    assert_near(ours, want)
