@@ -62,3 +62,5 @@ def own_logging() -> None:
     logger = logging.getLogger("longspan")
     logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.WARNING)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("longspan.")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)  # a file's tests run after those of any other on a worker

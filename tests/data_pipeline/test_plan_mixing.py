@@ -18,6 +18,12 @@ from longspan.errors import UsageError
 LANES, SEGMENT, QUANTUM = 32, 4096, 512
 
 
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    """Without the plan's warnings of few documents."""
+    caplog.set_level(logging.ERROR, logger="longspan.data")
+
+
 def unequal_documents(seed=0):
     """Lengths of 85 documents of 56.9 M tokens in all, the longest of 8.8 M, and a source of two for each."""
     rng = np.random.default_rng(seed)
@@ -28,7 +34,6 @@ def unequal_documents(seed=0):
 
 
 def make_plan(shares, seed=0):
-    logging.getLogger("longspan.data").setLevel(logging.ERROR)
     manifest = manifest_of_columns(*unequal_documents(seed), ["prose", "code"])
     settings = {"lanes": LANES, "segment_tokens": SEGMENT, "quantum": QUANTUM, "boundary": "pack"}
     return LanePlan(manifest, seed=seed, source_weights=shares, **settings)
@@ -44,7 +49,6 @@ AFTER_TEN_MILLION = -(-10_000_000 // (LANES * SEGMENT))
 
 def errors(seeds, shares_of_prose):
     """Errors of the shares of two sources after 10 M tokens, over sets of lengths and weights."""
-    logging.getLogger("longspan.data").setLevel(logging.ERROR)
     return [
         share_error(make_plan(shares, seed), shares, AFTER_TEN_MILLION)
         for seed in seeds

@@ -17,10 +17,9 @@ STEPS = 16
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("longspan.data").setLevel(logging.ERROR)
-    yield
-    logging.getLogger("longspan.data").setLevel(logging.NOTSET)
+def _quiet(caplog):
+    """Without the plan's warnings of few and short documents."""
+    caplog.set_level(logging.ERROR, logger="longspan.data")
 
 
 def random_settings(seed):
