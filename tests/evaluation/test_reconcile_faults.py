@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import tiny_run
 
 from longspan.cluster.actor_pool import Shape, Task
+from longspan.errors import Stopped
 from longspan.trainer import cli, recipes
 from longspan.trainer.checkpoint.verify import pinned
 from longspan.trainer.evaluation import alert, reconcile
@@ -69,6 +72,23 @@ def test_a_run_that_is_broken_keeps_no_other_from_its_turn(
     assert cli.main(["evals", "status", str(gone), str(run), "--spec", spec, "--json"]) == 2
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["counts"] == {"evaluated": 1} and str(gone) in said["error"]
+
+
+def test_signals_are_taken_for_the_pass_alone(
+    run: Path, pool: fake_pool.Pool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers, during = (signal.SIGTERM, signal.SIGINT), []
+    before = [signal.getsignal(number) for number in numbers]
+
+    def one_pass(*args: Any, stopped: Callable[[], bool], **options: Any) -> reconcile.Report:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGTERM)
+        during.append(stopped())
+        return reconcile.Report()
+
+    monkeypatch.setattr(reconcile, "reconcile", one_pass)
+    assert command(capsys, run)[0] == Stopped.exit_code and during == [True]
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_run_whose_files_cannot_be_written_is_a_fault(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from longspan.trainer.evaluation.specs import Spec, load_spec
 
 CORES_PER_WORKER = 4
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,11 +41,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (args.alert_worse_by is None) != (args.alert_command is None):
         raise UsageError("--alert-worse-by and --alert-command belong together: give both, or none.")
     rule = None if args.alert_command is None else Rule(args.alert_worse_by, args.alert_command)
-    stop = _stop_on_signals()
-    while True:
-        report = _pass(args, specs, rule, stop, keep_going=seconds is not None)
-        if seconds is None or stop.wait(seconds):
-            return report
+    with _stop_on_signals() as stop:
+        while True:
+            report = _pass(args, specs, rule, stop, keep_going=seconds is not None)
+            if seconds is None or stop.wait(seconds):
+                return report
 
 
 def _pass(
@@ -130,18 +133,22 @@ def _place(args: argparse.Namespace) -> Any:
     return Place(None, Shape(workers, cpus=max(1, cores // workers), gpus=each))
 
 
-def _stop_on_signals() -> threading.Event:
-    """Set by SIGTERM or SIGINT; a second one ends the process at once."""
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Set by SIGTERM or SIGINT; a second one ends the process at once. What was done at them before is done after."""
     stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
 
-        def stopping(number: int, frame: Any) -> None:
-            stop.set()
-            signal.signal(number, signal.SIG_DFL)
+    def stopping(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stopping)
-    return stop
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stopping) for number in _STOP_SIGNALS} if in_main else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _text(report: dict[str, list[Any]]) -> str:
