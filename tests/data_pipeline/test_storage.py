@@ -297,7 +297,7 @@ def fetch_all(url, cache_dir, barrier, results):
 
 
 def test_processes_share_one_cache_and_fetch_each_shard_once(corpus, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy locks of its threads
     barrier, results = context.Barrier(3), context.Queue()
     with ShardServer(corpus.folder) as server:
         server.chunk_bytes, server.chunk_delay_seconds = 2000, 0.005

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 from exports import MODELS, native_model, run_config, run_directory
 from huggingface_hub import ModelCard
+from life_server import LifeServer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
 import tiny_run
@@ -237,15 +237,12 @@ def test_export_that_does_not_load_back_is_not_published(
 
 
 @pytest.mark.parametrize("place", ["write_shards", "write_card", "write_origin", "verify_export"])
-def test_killed_export_shows_nothing_and_the_next_cleans_up(run: Path, tmp_path: Path, place: str) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            setattr(export, place, lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL))
-            export_checkpoint(run, tmp_path / "out")
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+def test_killed_export_shows_nothing_and_the_next_cleans_up(
+    export_server: LifeServer, run: Path, tmp_path: Path, place: str
+) -> None:
+    log = run.parent / "messages"
+    request = {"run": str(run), "out": str(tmp_path / "out"), "point": None, "instead_of": place, "exchanges": True}
+    assert export_server.live(**request, log=str(log)) == -signal.SIGKILL, log.read_text()
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
     export_checkpoint(run, tmp_path / "out")

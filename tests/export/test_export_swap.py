@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from exports import run_directory
+from life_server import LifeServer
 
 from longspan.errors import CheckpointError, UsageError
 from longspan.trainer import export, export_folder
-from longspan.trainer.checkpoint import crash_points
 from longspan.trainer.cli import main
 from longspan.trainer.export import export_checkpoint
 from longspan.trainer.export_folder import POINTS, exchange, published
@@ -53,18 +53,11 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed_export(run: Path, out: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed_export(server: LifeServer, run: Path, out: Path, point: str, exchanges: bool) -> None:
     """Export step 2 over what is at `out` in a process that ends itself at `point`."""
-    monkeypatch.setattr(crash_points, "_passes", crash_points.Counter())
-    monkeypatch.setenv(crash_points.ENVIRONMENT_VARIABLE, f"{point}@1")
-    child = os.fork()
-    if child == 0:
-        try:
-            export_checkpoint(run, out, overwrite=True)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    monkeypatch.delenv(crash_points.ENVIRONMENT_VARIABLE)
+    log = run.parent / "messages"
+    more = {"exchanges": exchanges, "instead_of": None, "log": str(log)}
+    assert server.live(run=str(run), out=str(out), point=point, **more) == -signal.SIGKILL, log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -73,11 +66,11 @@ def killed_export(run: Path, out: Path, point: str, monkeypatch: pytest.MonkeyPa
     indirect=["exchanges"],
 )  # where names are exchanged there is no moment between two renames
 def test_a_kill_at_any_step_keeps_the_earlier_export_or_shows_the_new_one(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool, point: str
+    export_server: LifeServer, run: Path, tmp_path: Path, exchanges: bool, point: str
 ) -> None:
     out = tmp_path / "out"
     export_checkpoint(run / "checkpoints" / "step-00000001", out)
-    killed_export(run, out, point, monkeypatch)
+    killed_export(export_server, run, out, point, exchanges)
     assert step_at(out) == {BEFORE: 1, BETWEEN: None, AFTER: 2}[point]
     assert [name for name in names(tmp_path) if name.startswith(".out.")], "a leftover"
     kept = 2 if point == AFTER else 1
@@ -89,9 +82,9 @@ def test_a_kill_at_any_step_keeps_the_earlier_export_or_shows_the_new_one(
 
 
 def test_a_first_export_that_was_killed_at_its_end_is_whole(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_server: LifeServer, run: Path, tmp_path: Path
 ) -> None:
-    killed_export(run, tmp_path / "out", AFTER, monkeypatch)
+    killed_export(export_server, run, tmp_path / "out", AFTER, exchanges=True)
     assert step_at(tmp_path / "out") == 2 and names(tmp_path) == ["out"]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_lives import Moment, Run, Server, tiny_corpus, tiny_recipe
+from life_server import LifeServer
+from trainer_lives import Moment, Run, tiny_corpus, tiny_recipe
 
 from longspan.errors import EXIT_REQUEUE
 
@@ -16,9 +17,9 @@ STEPS = 40
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server() -> Iterator[LifeServer]:
     """Everything imported once."""
-    started = Server()
+    started = LifeServer(Path(__file__).with_name("fork_server.py"))
     yield started
     started.close()
 
@@ -36,7 +37,7 @@ def recipe(shards: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def uninterrupted(server: LifeServer, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that nothing happens to."""
     run = Run(server, tmp_path_factory.mktemp("uninterrupted"), recipe)
     run.finish()
@@ -45,7 +46,7 @@ def uninterrupted(server: Server, recipe: dict[str, Any], tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
-def stopped(server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def stopped(server: LifeServer, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that SIGTERM stopped after seven steps or a little more; for copies to go on from."""
     run = Run(server, tmp_path_factory.mktemp("stopped"), recipe)
     assert run.live(Moment("step", count=7), signal.SIGTERM) == EXIT_REQUEUE, run.messages()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_lives import KILLED, Moment, Run, Server
+from life_server import LifeServer
+from trainer_lives import KILLED, Moment, Run
 
 KILLS_A_RUN = 9
 
@@ -24,7 +25,7 @@ def kill_and_finish(run: Run, seed: int) -> dict[str, str]:
     return run.finish()
 
 
-def run_until(kills: int, server: Server, recipe: dict[str, Any], uninterrupted: Run, folder: Path) -> list[Run]:
+def run_until(kills: int, server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, folder: Path) -> list[Run]:
     """Runs with this many kills in all, each compared with the uninterrupted run."""
     expected, losses = uninterrupted.digests(), uninterrupted.losses()
     base = random.randrange(2**32)
@@ -53,24 +54,24 @@ def check_that_it_happened(runs: list[Run], kills: int) -> None:
     assert len(resumed) >= kills // 3 and len(set(resumed)) >= 4, "too few lives went on from a checkpoint"
 
 
-def test_25_kills(server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path) -> None:
+def test_25_kills(server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path) -> None:
     check_that_it_happened(run_until(25, server, recipe, uninterrupted, tmp_path), 25)
 
 
 @pytest.mark.long
-def test_200_kills(server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path) -> None:
+def test_200_kills(server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path) -> None:
     check_that_it_happened(run_until(200, server, recipe, uninterrupted, tmp_path), 200)
 
 
 def test_two_uninterrupted_runs_are_equal(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
 ) -> None:
     again = Run(server, tmp_path, recipe)
     assert again.finish() == uninterrupted.digests()
 
 
 def test_another_seed_is_another_state(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
 ) -> None:
     other = Run(server, tmp_path, {**recipe, "seed": 2})
     digests, expected = other.finish(), uninterrupted.digests()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_lives import KILLED, LANES, Moment, Run, Server
+from life_server import LifeServer
+from trainer_lives import KILLED, LANES, Moment, Run
 
 from longspan.errors import EXIT_FAULT, EXIT_REQUEUE
 from longspan.trainer.checkpoint.verify import verify
@@ -32,7 +33,7 @@ def flip_bit(path: Path, generator: random.Random) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_run_goes_on_exactly(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path, number: signal.Signals
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path, number: signal.Signals
 ) -> None:
     seed = random.randrange(2**32)
     generator = random.Random(seed)
@@ -71,7 +72,7 @@ def test_no_checkpoint_that_verifies_is_a_fault(stopped: Run, tmp_path: Path) ->
 
 
 def test_a_full_disk_costs_one_checkpoint(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
 ) -> None:
     run = Run(server, tmp_path, recipe)
     assert run.finish(plant="full_disk_at_second_save") == uninterrupted.digests()
@@ -84,7 +85,7 @@ def test_a_full_disk_costs_one_checkpoint(
 
 
 def test_the_old_checkpoint_stays_good_when_the_disk_is_full(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
 ) -> None:
     run = Run(server, tmp_path, recipe)
     assert run.live(Moment("failure"), plant="full_disk_at_second_save") == KILLED
@@ -93,7 +94,7 @@ def test_the_old_checkpoint_stays_good_when_the_disk_is_full(
 
 
 def test_training_outlives_a_disk_that_takes_nothing(
-    server: Server, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
+    server: LifeServer, recipe: dict[str, Any], uninterrupted: Run, tmp_path: Path
 ) -> None:
     run = Run(server, tmp_path, recipe)
     assert run.finish(plant="full_disk_from_second_to_fourth_save") == uninterrupted.digests()

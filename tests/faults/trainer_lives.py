@@ -6,11 +6,8 @@ import hashlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from life_server import LIFE_SECONDS, LifeServer
 from safetensors.torch import save
 
 from longspan.data_pipeline.build import build_corpus
@@ -26,8 +24,6 @@ from longspan.trainer.checkpoint import contents
 from longspan.trainer.checkpoint.store import CheckpointStore
 
 LANES = 4
-START_SECONDS = 120.0  # imports, on a loaded machine
-LIFE_SECONDS = 60.0
 KILLED = -signal.SIGKILL
 
 
@@ -69,51 +65,6 @@ def tiny_recipe(shards: Path, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-class Server:
-    """The fork-server; one life at a time."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        self._pending = b""
-        assert self.answer(START_SECONDS) == {"ready": True}, "the fork-server did not start"
-
-    def ask(self, **request: Any) -> int:
-        """Start a life; its pid."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        answer = self.answer(LIFE_SECONDS)
-        assert answer is not None, "the fork-server does not answer"
-        return int(answer["pid"])
-
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next answer if it comes within this time."""
-        assert self._process.stdout is not None
-        descriptor, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return None
-            received = os.read(descriptor, 65536)
-            assert received, "the fork-server is gone"
-            self._pending += received
-        line, _, self._pending = self._pending.partition(b"\n")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """No more lives."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(LIFE_SECONDS)
-
-
 @dataclass
 class Run:
     """One run directory over all lives of its trainer.
@@ -124,7 +75,7 @@ class Run:
         seen: characters of their standard error that were looked at.
     """
 
-    server: Server
+    server: LifeServer
     folder: Path
     recipe: dict[str, Any]
     kills: list[str] = field(default_factory=list)
