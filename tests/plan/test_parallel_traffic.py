@@ -87,8 +87,9 @@ def test_tensor_sums() -> None:
     messages = layer_messages(local, BlockRecurrentConfig(), cp=1)
     assert messages.sums == 2 * 1024 * 1024 * 2
     assert messages.gather == 2 * 2 * (512 + 1024) * 1024 * 2
-    # initial state and ids, two double projections and the output's; the gate's bias
-    assert messages.path_gradients == 2 * (2 * 512 * 1024 + 4 * 1024**2 + 2 * 1024**2 + 1024)
+    # initial state and ids, two double projections and the output's; norm and gate's bias; scales of both queries
+    assert messages.path_gradients == 2 * (2 * 512 * 1024 + 4 * 1024**2 + 2 * 1024**2 + 2 * 1024 + 2 * 8)
+    assert (messages.sum_calls, messages.gather_calls, messages.path_calls) == (1, 1, 11)
     assert ends_sums(local) == (4_194_304, 2 * 1024 * 3 * 4, 4_194_304)
 
 

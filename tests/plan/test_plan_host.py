@@ -21,7 +21,7 @@ from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.report import make_plan, text
 from longspan.trainer.plan.search import Candidate, Planner, warnings
 from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.work import Workshop
+from longspan.trainer.plan.work import Work, Workshop
 from longspan.trainer.recipes import read_recipe
 
 HARDWARE = load_hardware("h100")
@@ -100,19 +100,30 @@ def test_launches_are_those_of_the_profile(name: str, launches: int) -> None:
     """582 with six in each of eight blocks, whose loops launch from prepared arguments."""
     setting = Setting(config(name), 8, 4096, 1, "bf16", "none", "none", 0)
     rates = HARDWARE.host.model_copy(update={"launch_us": 1.0})
-    assert host.host_seconds(setting, rates, 1.0) == pytest.approx(1e-6 * launches)
+    assert host.host_seconds(setting, rates) == pytest.approx(1e-6 * launches)
 
 
-@pytest.mark.parametrize("name", ["slide_13l", "rec_fixed_skip_12l", "rec_fixed_skip_gpu_quick", "slide_gpu_quick"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "slide_13l",
+        "rec_fixed_skip_12l",
+        "rec_fixed_skip_gpu_quick",
+        "slide_gpu_quick",
+        *(f"rec_{gate}_{mode}_12l" for gate in ("fixed", "lstm") for mode in ("single", "dual")),
+        "rec_lstm_skip_12l",
+    ],
+)
 def test_parameters_are_counted_as_tensors(name: str) -> None:
     with torch.device("meta"):
         model = build_model(config(name))
     assert host.parameter_tensors(config(name)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("mesh", "messages"), [((1, 1, 2), 12 * 4 + 3 + 4), ((1, 2, 1), 12 * 2 + 2 + 25)])
+@pytest.mark.parametrize(("mesh", "messages"), [((1, 1, 2), 12 * 4 + 2 + 11 + 4), ((1, 2, 1), 12 * 2 + 2 + 25)])
 def test_messages_are_counted(mesh: tuple[int, int, int], messages: int) -> None:
-    """tp: four sums a layer, gathers of the recurrent one, the ends. cp: halos, the state, then its tensors to all."""
+    """tp: four sums a layer, gathers of the recurrent one and gradients of its state path, the ends. cp: halos, the
+    state, then its tensors to all."""
     job = Step("rec_fixed_skip_12l", 8, 0.0).job()
     counted = (host_of(job, mesh) - host_of(job, (1, 1, 1))) / (1e-6 * HARDWARE.host.message_us)
     assert counted == pytest.approx(messages)
@@ -128,27 +139,28 @@ FEEDBACK = Step("feedback_fixed_skip_12l", 2, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("step", "of_a_call", "once"), [(FEEDBACK, 12 * 4 + 2, 1), (MEMORY, 13 * 4, 0)], ids=["feedback", "memory"]
+    ("step", "of_a_call", "once"), [(FEEDBACK, 12 * 4 + 2, 11), (MEMORY, 13 * 4, 0)], ids=["feedback", "memory"]
 )
 @pytest.mark.parametrize("tokens", [4096, 16_384])
 def test_every_run_of_the_stack_has_its_sums_and_gathers(step: Step, of_a_call: int, once: int, tokens: int) -> None:
-    """Gradients of the state path are summed once, and the ends' four are of the whole segment."""
+    """Gradients of the state path's 11 parameters are summed once, and the ends' four are of the whole segment."""
     job = replace(step, tokens=tokens).job()
     counted = (host_of(job, (1, 1, 2)) - host_of(job, (1, 1, 1))) / (1e-6 * HARDWARE.host.message_us)
     assert counted == pytest.approx(tokens // 512 * of_a_call + once + 4)
 
 
-def test_sums_that_recomputation_repeats_are_of_every_run_of_the_stack() -> None:
+def test_what_recomputation_repeats_is_of_every_run_of_the_stack() -> None:
+    """The mixers' sums, and the recurrent layer's gather."""
     job = FEEDBACK.job()
     counted = [host_of(job, (1, 1, 2), policy) - host_of(job, (1, 1, 1), policy) for policy in ("layer", "none")]
-    assert (counted[0] - counted[1]) / (1e-6 * HARDWARE.host.message_us) == pytest.approx(8 * 12 * 2)
+    assert (counted[0] - counted[1]) / (1e-6 * HARDWARE.host.message_us) == pytest.approx(8 * (12 + 1))
 
 
 def test_ranks_of_a_sequence_each_start_the_sums_of_their_own_blocks() -> None:
     """cp 2 and tp 2 over 8192 tokens: 8 blocks a rank. Beside tp's sums cp's own messages stay as they are."""
     job = replace(FEEDBACK, tokens=8192).job()
     counted = (host_of(job, (1, 2, 2)) - host_of(job, (1, 2, 1))) / (1e-6 * HARDWARE.host.message_us)
-    assert counted == pytest.approx(8 * (12 * 4 + 2) + 1 + 4)
+    assert counted == pytest.approx(8 * (12 * 4 + 2) + 11 + 4)
 
 
 @pytest.mark.parametrize("step", [FEEDBACK, MEMORY], ids=["feedback", "memory"])
@@ -157,6 +169,21 @@ def test_host_time_of_a_stack_run_by_block_scales_with_the_segment(step: Step) -
     a_block = (seconds[1] - seconds[0]) / 8
     assert seconds[2] - seconds[1] == pytest.approx(16 * a_block)
     assert seconds[0] == pytest.approx(8 * a_block, rel=0.03)  # embedding, loss and the state path's gradients
+
+
+@pytest.mark.parametrize("step", [FEEDBACK, MEMORY], ids=["feedback", "memory"])
+def test_slices_of_a_stack_run_by_block_are_runs_of_fewer_rows(step: Step) -> None:
+    """Four slices of four rows take the time and the launches of one row four times."""
+
+    def work(rows: int, slices: int) -> Work:
+        job = replace(step, rows=rows, optimizer="none").job()
+        return Workshop(job, HARDWARE).work(Layout(1, 2, 1, 0, slices, "none", rows, 1))
+
+    sliced, one = work(4, 4), work(1, 1)
+    for which in ("forward", "backward"):
+        assert getattr(sliced.layers[0], which).chain == pytest.approx(4 * getattr(one.layers[0], which).chain)
+    once = 1e-6 * (HARDWARE.host.launch_us * host.ENDS_LAUNCHES + HARDWARE.host.message_us * one.shared_state[1])
+    assert sliced.host - once == pytest.approx(4 * (one.host - once))
 
 
 def planned(step: Step, rows: int, tokens: int) -> dict[str, Any]:

@@ -85,9 +85,23 @@ def test_border_states_alone_grow_with_tokens_as_planned(monkeypatch: pytest.Mon
     check_growth([RECURRENT], "none")
 
 
-def check_growth(layers: list[dict], policy: str) -> None:
+FEEDBACK = {"layers": [{"mixer": "sliding_window"}, RECURRENT], "feedback": True}
+MEMORY = {"layers": [{"mixer": "sliding_window", "repeat": 2}], "memory": {"num_tokens": 4}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "policy"),
+    [(FEEDBACK, "none"), (FEEDBACK, "mixer"), (FEEDBACK, "layer"), (MEMORY, "none")],
+    ids=["feedback", "feedback, mixer again", "feedback, layer again", "memory"],
+)
+def test_every_run_of_a_stack_keeps_packed_weights_and_tables_of_its_own(model: dict, policy: str) -> None:
+    check_growth(model["layers"], policy, **{name: value for name, value in model.items() if name != "layers"})
+
+
+def check_growth(layers: list[dict], policy: str, **changes: object) -> None:
     """The growth, because tables of fixed size count for much in models as small as these and nothing in others."""
-    config = ModelConfig(**TINY, layers=layers)
+    config = ModelConfig(**TINY, layers=layers, **changes)
     planned = {}
     for length in (SHORT, LONG):
         setting = Setting(config, 1, length, 1, "fp32", policy, "none", 0)
@@ -128,4 +142,5 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert memory.WINDOW_PIECE_TOKENS == fused.PIECE_TOKENS
     tiles = [choose_tiles(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]
     assert memory.WINDOW_DISTANCES == fused.MAX_DISTANCE
+    assert memory.WINDOW_REACH == fused.REACH_INT
     assert {memory.WINDOW_TILE_TOKENS} == {tile.key_gradient.keys for tile in tiles}

@@ -97,6 +97,7 @@ class Layout:
             shards=self.dp * self.cp,
             cp=self.cp,
             offload_optimizer=self.offload_optimizer,
+            state_slices=self.state_slices,
         )
 
     def offloaded(self, job: Job) -> Layout | None:

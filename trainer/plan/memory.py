@@ -20,7 +20,7 @@ from longspan.modeling.config import (
 )
 from longspan.modeling.flops import stack_tokens_per_token
 from longspan.trainer.plan.parameters import layer_parameters, total_parameters
-from longspan.trainer.plan.setting import Setting
+from longspan.trainer.plan.setting import Setting, runs_by_block
 from longspan.trainer.plan.traffic import FP32, kept_message_bytes, state_bytes
 from longspan.trainer.plan.zero import bucket_bytes, kept_gradient_bytes, weight_bytes
 
@@ -35,6 +35,7 @@ LINEAR_CHUNK_TOKENS = 64
 WINDOW_PIECE_TOKENS = 40 * 2**10  # keys whose scores' gradients are stored at a time
 WINDOW_TILE_TOKENS = 64  # keys of a tile of them
 WINDOW_DISTANCES = 128  # from here on all have one bias
+WINDOW_REACH = 384  # columns of the bias of near keys, kept for each distance
 KERNEL_HEAD_WIDTHS = (16, 32, 64, 128)  # of window attention and of the recurrent layer
 
 
@@ -125,7 +126,7 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
         setting.tokens * stack_tokens_per_token(setting.model),
     )
     row = int(tokens * config.dim * element)
-    received = Counter({"messages received": int(kept_message_bytes(setting, layer))})
+    received = Counter({"messages received": int(kept_message_bytes(setting, layer))}) + _offered(setting, layer)
     if setting.checkpointing == "layer":
         return Counter({"layer input": row}) + received
     # both sums of the residual stream, or only by what number each norm divided its rows
@@ -140,7 +141,7 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
     )
     if setting.checkpointing == "mixer":
         return around + received + Counter({"normalised for the mixer": row})
-    return around + mixer_saved(setting, layer)
+    return around + mixer_saved(setting, layer) + _offered(setting, layer)
 
 
 def sums_in_place(setting: Setting) -> bool:
@@ -161,10 +162,14 @@ def mixer_saved(setting: Setting, layer: object) -> Counter[str]:
     statistics = 3 * by_head  # log of the sum, 1 / norm of query and key
     kept = Counter({"normalised for the mixer": int(tokens * config.dim * element)})
     if isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig):
-        kept += Counter({"packed weights": 3 * config.dim * width * element})
+        runs = setting.stack_calls
+        kept += Counter({"packed weights": runs * 3 * config.dim * width * element})
         # the cache's keys normalised, and its values with the strides of packed queries, keys and values; normalised
         # queries and keys; where documents start and end
-        kept += Counter({"cache": 4 * setting.rows * config.window_tokens * width * element})
+        caches = runs // setting.run_slices * setting.rows
+        kept += Counter({"cache": 4 * caches * config.window_tokens * width * element})
+        near = 2 * config.num_heads * WINDOW_DISTANCES * WINDOW_REACH * element  # for keys and for queries
+        kept += Counter({"bias of near keys": runs * near})
         kept += Counter({"normalised queries and keys": 2 * head_row})
         kept += Counter({"statistics": int(2 * tokens * FP32)})
     match layer:
@@ -195,13 +200,28 @@ def _state_saved(setting: Setting, layer: BlockRecurrentConfig) -> Counter[str]:
     width = heads * config.head_dim
     if layer.update == "frozen":  # every block has the same state, in a copy of its own
         return Counter({"state keys and values": int(2 * rows * width * element)})
-    kept = Counter({"packed weights": 4 * config.dim * width * element})
+    kept = Counter({"packed weights": setting.stack_calls * 4 * config.dim * width * element})
     kept += Counter({"entering states": int(rows * config.dim * FP32)})
     if keeps_reads(setting, layer):
-        cached = setting.tokens + setting.rows * config.window_tokens
+        runs = setting.stack_calls // setting.run_slices
+        cached = _stack_tokens(setting) + runs * setting.rows * config.window_tokens
         kept += Counter({"keys and values": int(cached * (2 * width * element + heads * FP32))})
         kept += Counter({"state projections and reads": int(rows * (6 * width * element + 5 * heads * FP32))})
     return kept
+
+
+def _offered(setting: Setting, layer: object) -> Counter[str]:
+    """What a feedback model's state offers to all layers in each block, outside of any layer's recomputation.
+
+    Packed weights of keys and values; the states in fp32 and normalised, both projections, and normalised keys.
+    """
+    config, element = setting.model, setting.element_bytes
+    if not config.feedback or not isinstance(layer, BlockRecurrentConfig):
+        return Counter()
+    width = config.num_heads * config.head_dim
+    a_state = config.dim * (FP32 + element) + 3 * width * element
+    packed = setting.stack_calls * 2 * config.dim * width * element
+    return Counter({"state offered": int(packed + _state_rows(setting, layer) * a_state)})
 
 
 def _state_rows(setting: Setting, layer: BlockRecurrentConfig) -> float:
@@ -211,7 +231,8 @@ def _state_rows(setting: Setting, layer: BlockRecurrentConfig) -> float:
 def keeps_reads(setting: Setting, layer: BlockRecurrentConfig) -> bool:
     """Whether the state's projections and reads of all blocks are kept for the backward pass, not recomputed."""
     width = setting.model.num_heads * setting.model.head_dim
-    wanted = 6 * _state_rows(setting, layer) * width * setting.element_bytes
+    # every run of the stack decides for itself
+    wanted = 6 * _state_rows(setting, layer) / setting.stack_calls * width * setting.element_bytes
     return layer.update == "trained" and wanted <= CHAIN_KEEP_BYTES
 
 
@@ -271,18 +292,28 @@ def _window_bytes(setting: Setting, layer: object) -> float:
 
 def chain_chunk_blocks(setting: Setting, layer: BlockRecurrentConfig) -> int:
     """Blocks of a row that pass through the state path at a time."""
+    return math.ceil(_run_blocks(setting) / chain_chunks(setting, layer))
+
+
+def chain_chunks(setting: Setting, layer: BlockRecurrentConfig) -> int:
+    """Parts in which one run of the stack goes back through the state path."""
     config = setting.model
-    blocks = math.ceil(setting.segment_tokens / config.window_tokens)
-    values = setting.rows * max(layer.num_states, config.window_tokens) * config.dim
-    most = max(1, CHAIN_CHUNK_VALUES // values)
-    return math.ceil(blocks / math.ceil(blocks / most))
+    values = setting.rows // setting.run_slices * max(layer.num_states, config.window_tokens) * config.dim
+    return math.ceil(_run_blocks(setting) / max(1, CHAIN_CHUNK_VALUES // values))
+
+
+def _run_blocks(setting: Setting) -> int:
+    """Blocks of a row in one run of the stack."""
+    if not runs_by_block(setting.model):
+        return math.ceil(setting.segment_tokens / setting.model.window_tokens)
+    return math.ceil(stack_tokens_per_token(setting.model))  # the tokens of a memory count too
 
 
 def _scan_chunk_bytes(setting: Setting, layer: BlockRecurrentConfig) -> float:
     """What exists of one chunk of blocks while the scan goes back through it."""
     config, element = setting.model, setting.element_bytes
     width = config.num_heads * config.head_dim
-    blocks = setting.rows * chain_chunk_blocks(setting, layer)
+    blocks = setting.rows // setting.run_slices * chain_chunk_blocks(setting, layer)
     # gradients: of keys and values offered, of all four projections, of both reads; the normalised state's and itself
     of_state = 8 * width + 2 * config.dim
     written = (3 if layer.gate == "lstm" else 1) * config.dim

@@ -19,7 +19,7 @@ ASSUMED = (
     "all ranks have the same work; hosts are full and follow one another in the order tensor, context, data parallel",
     "gradients are summed after the backward pass at stages 0 to 2, beside it at stage 3, as DeepSpeed is configured",
     "neighbours wait for each other at every halo, all ranks of a sequence where the state after a segment is shared",
-    "recomputation sends a ring's blocks and tensor-parallel sums again, nothing else; what was received is kept",
+    "recomputation repeats messages of rings and of tensor-parallel ranks; whatever else came was kept",
     "memory of several ranks was compared on two GPUs alone (ZeRO 1 to 3, tp 2, cp 2)",
     "launches of several ranks: fitted to steps of an engine on two GPUs; a small model in the trainer took twice that",
 )

@@ -53,11 +53,12 @@ def layer_parameters(config: ModelConfig, layer: object, tp: int = 1) -> Counter
         # a query and a scale for the read of the state, and an output projection twice as wide
         counts += Counter({"attention": 2 * dim * width, "attention_scales": heads})
     if isinstance(layer, BlockRecurrentConfig):
-        counts += _state_parameters(whole, layer)
+        counts += state_path_parameters(whole, layer)
     return counts
 
 
-def _state_parameters(config: ModelConfig, layer: BlockRecurrentConfig) -> Counter[str]:
+def state_path_parameters(config: ModelConfig, layer: BlockRecurrentConfig) -> Counter[str]:
+    """Parameters of a recurrent layer's state path by kind; whole on every tensor-parallel rank."""
     dim, width = config.dim, config.num_heads * config.head_dim
     counts = Counter({"state": 2 * layer.num_states * dim + 2 * dim * width, "norm_scales": dim})
     if layer.update == "frozen":

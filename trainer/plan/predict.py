@@ -197,12 +197,12 @@ def layer_tensor_seconds(layer: LayerWork, group: Group, links: LinkRates) -> Pa
     messages = layer.messages
     if group.size == 1:
         return Passes()
-    one = collective_seconds(links, group, "all_reduce", messages.sums)
-    gather = collective_seconds(links, group, "all_gather", messages.gather) if messages.gather else 0.0
-    path = collective_seconds(links, group, "all_reduce", messages.path_gradients) if messages.gather else 0.0
-    again = layer.sums_again * one
+    one = collective_seconds(links, group, "all_reduce", messages.sums, messages.sum_calls)
+    gather = collective_seconds(links, group, "all_gather", messages.gather, messages.gather_calls)
+    path = collective_seconds(links, group, "all_reduce", messages.path_gradients, messages.path_calls)
+    again = layer.sums_again * one + layer.gathers_again * gather
     if layer.again.total:
-        return Passes(2 * one + gather, again + gather, 2 * one + gather + path)
+        return Passes(2 * one + gather, again, 2 * one + gather + path)
     return Passes(2 * one + gather, 0.0, 2 * one + gather + path + again)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.memory import GIB, KERNEL_HEAD_WIDTHS, Memory, plan_memory
 from longspan.trainer.plan.parameters import count_parameters, paper_count, total_parameters
-from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.timing import StepTime, plan_step, runs_by_block
+from longspan.trainer.plan.setting import Setting, runs_by_block
+from longspan.trainer.plan.timing import StepTime, plan_step
 
 
 def make_plan(setting: Setting, hardware: Hardware) -> dict[str, Any]:

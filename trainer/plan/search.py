@@ -11,9 +11,8 @@ from longspan.trainer.plan.hardware import Hardware, MeasuredStep
 from longspan.trainer.plan.layout import AXES, Job, Layout, layouts
 from longspan.trainer.plan.memory import GIB, plan_memory
 from longspan.trainer.plan.predict import Prediction, predict, reference
-from longspan.trainer.plan.setting import Setting
+from longspan.trainer.plan.setting import Setting, runs_by_block
 from longspan.trainer.plan.simulate import MAX_RANKS, simulate
-from longspan.trainer.plan.timing import runs_by_block
 from longspan.trainer.plan.work import Workshop
 
 LEAST_EFFICIENCY = 0.8

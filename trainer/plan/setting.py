@@ -63,6 +63,7 @@ class Setting:
         shards: ranks over which ZeRO divides; this device is one of them.
         cp: ranks that hold each sequence together; `segment_tokens` is one rank's share of it.
         offload_optimizer: fp32 weights and optimizer state are in the host's memory, where the update runs.
+        state_slices: parts of the batch in which ranks of a sequence hand their state on.
     """
 
     model: ModelConfig
@@ -77,6 +78,7 @@ class Setting:
     shards: int = 1
     cp: int = 1
     offload_optimizer: bool = False
+    state_slices: int = 1
 
     @cached_property
     def local(self) -> ModelConfig:
@@ -92,6 +94,23 @@ class Setting:
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def stack_calls(self) -> int:
+        """How often the stack runs for one segment: once, or for each block, then for each slice of the batch too."""
+        if not runs_by_block(self.model):
+            return 1
+        return self.run_slices * -(-self.segment_tokens // self.model.window_tokens)
+
+    @property
+    def run_slices(self) -> int:
+        """Slices of the batch that go through the whole stack one after another: where it runs block by block."""
+        return self.state_slices if self.cp > 1 and runs_by_block(self.model) else 1
+
+
+def runs_by_block(config: ModelConfig) -> bool:
+    """Whether the stack runs once a block, so that a longer segment takes more launches: memory and feedback."""
+    return config.memory is not None or config.feedback
 
 
 def read_setting(args: argparse.Namespace) -> tuple[Setting, RunConfig | None]:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
+from longspan.modeling.config import BlockRecurrentConfig
 from longspan.modeling.flops import Operation, layer_operations, stack_tokens_per_token, train_flops_per_token
 from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.host import engine_seconds, host_seconds
 from longspan.trainer.plan.memory import keeps_reads
 from longspan.trainer.plan.parameters import total_parameters
+from longspan.trainer.plan.residual import ends_passes, layer_passes
 from longspan.trainer.plan.setting import Setting
 
-# passes over [tokens, dim] of the fused norms and residual sums of one layer
-NORM_PASSES_FORWARD = 9
-NORM_PASSES_BACKWARD = 8
 # passes over [tokens, hidden] of the FFN's activation that no product's own traffic includes
 ACTIVATION_PASSES_BACKWARD = 1
 # share of a layer's forward time that the backward pass spends again, by checkpointing policy; products that only give
 # a result, and keep nothing, are left out: the output projection, the second product of the FFN
 MIXER_AGAIN = {"projections": 1.0, "window attention": 1.0, "full attention": 1.0, "linear attention": 1.0}
 MIXER_AGAIN |= {"state chain": 1.0, "state read": 1.0}
-AGAIN = {
-    "mixer": MIXER_AGAIN,
-    "layer": MIXER_AGAIN | {"output projection": 1.0, "norms and residuals": 6 / 9, "feed-forward": 0.5},
-}
+# of the feed-forward network the hidden vectors alone; the norms: `residual.layer_passes`
+LAYER_AGAIN = MIXER_AGAIN | {"output projection": 1.0, "feed-forward": 0.5}
 # kernels of a layer beside its matrix products
 KERNELS_FORWARD = 8
 KERNELS_BACKWARD = 12
@@ -107,7 +103,7 @@ def plan_step(setting: Setting, hardware: Hardware) -> StepTime:
         for _ in range(layer.repeat):
             step.add(once)
     step.add(ends_time(setting, hardware))
-    step.host = host_seconds(setting, hardware.host, stack_calls(setting))
+    step.host = host_seconds(setting, hardware.host)
     step.engine = engine_seconds(setting, hardware.host)
     step.update = update_seconds(setting, hardware, total_parameters(config, setting.tp))
     return step
@@ -129,10 +125,20 @@ def update_seconds(setting: Setting, hardware: Hardware, parameters: int) -> flo
 def layer_time(setting: Setting, hardware: Hardware, layer: object) -> StepTime:
     """The parts of one layer and micro-batch, recomputation included; neither host nor update."""
     step = StepTime(1, setting.tokens, 0.0)
-    _layer(step, setting, hardware, layer, stack_calls(setting))
+    _layer(step, setting, hardware, layer, setting.stack_calls)
     if setting.checkpointing != "none":
-        _recompute(step, AGAIN[setting.checkpointing])
+        _recompute(step, _again(setting, layer))
     return step
+
+
+def _again(setting: Setting, layer: object) -> dict[str, float]:
+    """Share of a part's forward time that the backward pass spends again."""
+    if setting.checkpointing == "mixer":
+        return MIXER_AGAIN
+    passes = layer_passes(setting, layer)
+    again = LAYER_AGAIN | {"norms and residuals": passes.again / passes.forward}
+    # the network's dropout keeps its mask, and what runs again ends with the last that is kept: behind both products
+    return again | {"feed-forward": 1.5} if setting.model.dropout else again
 
 
 def ends_time(setting: Setting, hardware: Hardware) -> StepTime:
@@ -140,16 +146,6 @@ def ends_time(setting: Setting, hardware: Hardware) -> StepTime:
     step = StepTime(1, setting.tokens, 0.0)
     _ends(step, setting, hardware)
     return step
-
-
-def runs_by_block(config: ModelConfig) -> bool:
-    """Whether the stack runs once a block, so that a longer segment takes more launches: memory and feedback."""
-    return config.memory is not None or config.feedback
-
-
-def stack_calls(setting: Setting) -> float:
-    """How often the stack runs for one segment."""
-    return setting.segment_tokens / setting.model.window_tokens if runs_by_block(setting.model) else 1.0
 
 
 def _layer(step: StepTime, setting: Setting, hardware: Hardware, layer: object, calls: float) -> None:
@@ -163,8 +159,9 @@ def _layer(step: StepTime, setting: Setting, hardware: Hardware, layer: object, 
     if isinstance(layer, BlockRecurrentConfig):
         _state(step, setting, hardware, layer, [operation for operation in operations if operation.serial])
     row, hidden = tokens * config.dim * element, tokens * setting.local.ffn_dim * element
-    _traffic(step, hardware, "norms and residuals", NORM_PASSES_FORWARD * row, KERNELS_FORWARD * calls, 0)
-    _traffic(step, hardware, "norms and residuals", NORM_PASSES_BACKWARD * row, KERNELS_BACKWARD * calls, 1)
+    passes = layer_passes(setting, layer)
+    _traffic(step, hardware, "norms and residuals", passes.forward * row, KERNELS_FORWARD * calls, 0)
+    _traffic(step, hardware, "norms and residuals", passes.backward * row, KERNELS_BACKWARD * calls, 1)
     _traffic(step, hardware, "activations", ACTIVATION_PASSES_BACKWARD * hidden, calls, 1)
 
 
@@ -226,9 +223,9 @@ def _state(
     if layer.update == "frozen":
         return  # one projection of one state a step
     window = setting.model.window_tokens
-    blocks = setting.segment_tokens / window
+    blocks = setting.run_slices * setting.segment_tokens / window
     flops = sum(operation.flops for operation in operations)
-    forward, backward = hardware.chain_seconds(setting.rows, window * flops / 1e9)
+    forward, backward = hardware.chain_seconds(setting.rows / setting.run_slices, window * flops / 1e9)
     if layer.mode != "skip":
         forward, backward = (x * hardware.state_chain.general_factor for x in (forward, backward))
     chain = step.part("state chain")
@@ -266,8 +263,9 @@ def _ends(step: StepTime, setting: Setting, hardware: Hardware) -> None:
     _traffic(step, hardware, "embedding", 2 * row, 1, 0)
     # gradients of equal tokens are sorted and added, then the dense gradient of the table is written
     _traffic(step, hardware, "embedding", 4 * row + 2 * config.vocab_size * config.dim * element, 10, 1)
-    _traffic(step, hardware, "norms and residuals", 2 * row, 1, 0)
-    _traffic(step, hardware, "norms and residuals", 3 * row, 1, 1)
+    passes = ends_passes(setting)
+    _traffic(step, hardware, "norms and residuals", passes.forward * row, 1, 0)
+    _traffic(step, hardware, "norms and residuals", passes.backward * row, 1, 1)
     loss = step.part("cross-entropy")
     if setting.precision == "fp32":
         for form in ("forward", "input_gradient", "weight_gradient"):

@@ -12,7 +12,7 @@ from longspan.modeling.config import (
     SlidingWindowConfig,
 )
 from longspan.modeling.flops import stack_tokens_per_token
-from longspan.trainer.plan.parameters import layer_parameters
+from longspan.trainer.plan.parameters import state_path_parameters
 from longspan.trainer.plan.setting import Setting
 
 FP32 = 4  # bytes
@@ -26,25 +26,33 @@ class LayerMessages:
     Attributes:
         halo: bytes to the rank 1, 2, ... places to the right in a forward pass; as much comes back in a backward pass.
         carry: bytes of the state, all slices; to the right, and its gradient to the left.
+        carry_calls: messages that one slice of it takes: one a tensor.
         ring: bytes of keys and values that go to each of `ring_hops` ranks in a pass.
         ring_gradients: bytes that come back from each of them in the backward pass, fp32.
         ring_hops: ranks to the left that a rank looks at.
         scan: bytes of one rank's summary, to all others in the forward; scan_gradients in the backward.
         sums: vectors that tensor-parallel ranks sum, in bytes: one in a forward pass, one in a backward pass, twice.
+        sum_calls: collectives that one of these four takes: one for each run of the stack.
         gather: bytes of the vector that tensor-parallel ranks gather in the forward, and scatter in the backward.
+        gather_calls: collectives that either takes.
         path_gradients: bytes of the state path's gradients, summed over tensor-parallel ranks.
+        path_calls: collectives that they take: one a parameter, once in a backward pass, however often the stack runs.
     """
 
     halo: tuple[float, ...] = ()
     carry: float = 0.0
+    carry_calls: int = 0
     ring: float = 0.0
     ring_gradients: float = 0.0
     ring_hops: int = 0
     scan: float = 0.0
     scan_gradients: float = 0.0
     sums: float = 0.0
+    sum_calls: int = 0
     gather: float = 0.0
+    gather_calls: int = 0
     path_gradients: float = 0.0
+    path_calls: int = 0
 
 
 def halo_rows(share: int, window: int, ranks: int) -> list[int]:
@@ -66,8 +74,12 @@ def layer_messages(setting: Setting, layer: object, cp: int) -> LayerMessages:
     local, element, rows, share = setting.local, setting.element_bytes, setting.rows, setting.segment_tokens
     width = local.num_heads * local.head_dim
     found: dict[str, float | int | tuple[float, ...]] = {}
+    stack_tokens, calls = share * stack_tokens_per_token(local), setting.stack_calls
     if setting.tp > 1:
-        found["sums"] = rows * share * stack_tokens_per_token(local) * local.dim * element
+        found |= {"sums": rows * stack_tokens * local.dim * element, "sum_calls": calls}
+        if isinstance(layer, BlockRecurrentConfig):
+            found["path_gradients"] = float(state_path_parameters(setting.model, layer).total() * element)
+            found["path_calls"] = state_path_tensors(layer)
     serial = local.memory is not None or local.feedback  # such a model hands its whole state on at once
     if cp > 1 and not serial and isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig):
         sent = halo_rows(share, local.window_tokens, cp)
@@ -75,12 +87,13 @@ def layer_messages(setting: Setting, layer: object, cp: int) -> LayerMessages:
     match layer:
         case BlockRecurrentConfig() if layer.update == "trained":
             if cp > 1 and not serial:
-                found["carry"] = float(rows * layer.num_states * local.dim * FP32)
+                found |= {"carry": float(rows * layer.num_states * local.dim * FP32), "carry_calls": 1}
             if setting.tp > 1:
+                # keys and values of all heads: of the window before each run of the stack, and of its own tokens
+                windows = -(-share // local.window_tokens) if serial else 1
                 whole = setting.model.num_heads * setting.model.head_dim
-                counts = layer_parameters(setting.model, layer)
-                found["gather"] = float(2 * rows * (local.window_tokens + share) * whole * element)
-                found["path_gradients"] = float((counts["state"] + counts["gates"]) * element)
+                found["gather"] = float(2 * rows * (windows * local.window_tokens + stack_tokens) * whole * element)
+                found["gather_calls"] = calls
         case LinearAttentionConfig() if cp > 1 and not serial:
             state = rows * width * (local.head_dim + 1)
             found |= {"scan": float((state + rows) * FP32), "scan_gradients": float(state * FP32)}
@@ -89,6 +102,30 @@ def layer_messages(setting: Setting, layer: object, cp: int) -> LayerMessages:
             found["ring_hops"] = min(cp - 1, -(-(layer.context_tokens - 1) // share))
             found |= {"ring": float(2 * vectors * element), "ring_gradients": float(2 * vectors * FP32)}
     return LayerMessages(**found)  # type: ignore[arg-type]
+
+
+def state_path_tensors(layer: BlockRecurrentConfig) -> int:
+    """Parameters of a recurrent layer's state path, counted as tensors (`modeling.mixers.block_recurrent`)."""
+    offered = 5  # initial state, norm, ids, key, value
+    if layer.update == "frozen":
+        return offered
+    gate = 1 if layer.gate == "fixed" else 4
+    written = 4  # both queries and their scales
+    if layer.mode != "single":
+        written += 1 + gate
+    if layer.mode != "skip":
+        written += 2 + gate + (layer.mode == "dual")  # with a norm of its own
+    return offered + written
+
+
+def whole_state_tensors(config: ModelConfig) -> int:
+    """Tensors of a model's carried state: two a layer (keys and values, matrix and sum), and trained states."""
+    if config.memory is not None:
+        return 1
+    layers = config.expanded_layers()
+    return 2 * len(layers) + sum(
+        isinstance(layer, BlockRecurrentConfig) and layer.update == "trained" for layer in layers
+    )
 
 
 def kept_message_bytes(setting: Setting, layer: object) -> float:

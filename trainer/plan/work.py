@@ -9,19 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from longspan.modeling.config import BlockRecurrentConfig, ModelConfig
+from longspan.modeling.config import BlockRecurrentConfig
 from longspan.trainer.plan.hardware import Hardware
 from longspan.trainer.plan.host import engine_seconds, host_seconds, message_calls, tensor_calls
 from longspan.trainer.plan.layout import Job, Layout
 from longspan.trainer.plan.parameters import total_parameters
-from longspan.trainer.plan.setting import Setting
-from longspan.trainer.plan.timing import StepTime, ends_time, layer_time, runs_by_block, stack_calls, update_seconds
+from longspan.trainer.plan.residual import sums_again
+from longspan.trainer.plan.setting import Setting, runs_by_block
+from longspan.trainer.plan.timing import StepTime, ends_time, layer_time, update_seconds
 from longspan.trainer.plan.traffic import (
     LayerMessages,
     ends_sums,
     layer_messages,
     memory_bytes,
     whole_state_bytes,
+    whole_state_tensors,
 )
 from longspan.trainer.plan.zero import Collective, traffic
 
@@ -69,7 +71,7 @@ class LayerWork:
             sums and gathers of tensor-parallel ranks; the others were kept.
         messages: of this layer.
         sums_again: how many of the two sums over tensor-parallel ranks the recomputation repeats.
-        tensor_calls: sums and gathers over tensor-parallel ranks that the host starts in a micro-batch.
+        gathers_again: the same of the one gather.
     """
 
     forward: Seconds
@@ -77,7 +79,7 @@ class LayerWork:
     again: Seconds
     messages: LayerMessages
     sums_again: int = 0
-    tensor_calls: float = 0.0
+    gathers_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ class Workshop:
         parameters = self._parameters(layout.tp)
         shards = layout.dp * layout.cp
         truncate = self.job.state_grad == "truncate"
-        tensors = _tensors(model) if layout.cp > 1 else 0
+        tensors = whole_state_tensors(model) if layout.cp > 1 else 0
         messages = message_calls(
-            [(layer.messages, layer.tensor_calls) for layer in layers],
+            [(one.messages, tensor_calls(one.messages, one.sums_again, one.gathers_again)) for one in layers],
             layout.state_slices,
             truncate,
             tensors + (TENSOR_ENDS if layout.tp > 1 else 0),
@@ -151,7 +153,7 @@ class Workshop:
             ends_backward=_sum(ends, "backward"),
             ends_sums=ends_sums(local) if layout.tp > 1 else (0.0, 0.0, 0.0),
             shared_state=(whole_state_bytes(local), tensors) if layout.cp > 1 else (0.0, 0),
-            host=host_seconds(local, self.hardware.host, stack_calls(local), messages),
+            host=host_seconds(local, self.hardware.host, messages),
             engine=engine_seconds(local, self.hardware.host),
             update=update_seconds(local, self.hardware, parameters),
             collectives=tuple(
@@ -176,13 +178,12 @@ class Workshop:
         key = (layout.micro_batch_lanes, layout.cp, layout.tp, layout.activation_checkpointing, layout.state_slices)
         if key not in self._made:
             plain = replace(layout.local(self.job), zero_stage=0, shards=1, micro_batches=1)
-            again = {"none": 0, "mixer": 0, "layer": 2}[layout.activation_checkpointing]
+            again = sums_again(plain), int(plain.checkpointing != "none")
             layers = []
             for layer in plain.model.layers:
                 seconds = self._timed_layer(plain, layer, layout.state_slices, layout.cp)
                 messages = layer_messages(plain, layer, layout.cp)
-                started = tensor_calls(messages, again, stack_calls(plain))
-                layers += [LayerWork(*seconds, messages, again, started)] * layer.repeat
+                layers += [LayerWork(*seconds, messages, *again)] * layer.repeat
             if layout.cp > 1 and runs_by_block(plain.model):
                 layers = [_one_chain(layers, plain)]
             self._made[key] = tuple(layers), ends_time(plain, self.hardware)
@@ -191,7 +192,9 @@ class Workshop:
     def _timed_layer(self, setting: Setting, layer: object, slices: int, cp: int) -> tuple[Seconds, Seconds, Seconds]:
         """Forward, backward without recomputation, recomputation."""
         step = self._layer_time(setting, layer)
-        chained = cp > 1 and isinstance(layer, BlockRecurrentConfig) and layer.update == "trained"
+        # of a stack that runs block by block all is one chain, whose slices `stack_calls` counts
+        chained = cp > 1 and not runs_by_block(setting.model)
+        chained = chained and isinstance(layer, BlockRecurrentConfig) and layer.update == "trained"
         in_chain = CHAIN if setting.tp == 1 else CHAIN | {BESIDE}
         sliced = step
         if slices > 1 and chained:  # fewer rows at a time: what launches and latency cost is paid for each slice
@@ -216,7 +219,7 @@ class Workshop:
 
     def _layer_time(self, setting: Setting, layer: object) -> StepTime:
         """`layer_time`, once for all numbers of slices."""
-        key = (setting.rows, setting.segment_tokens, setting.tp, setting.checkpointing, id(layer))
+        key = (setting.rows, setting.segment_tokens, setting.tp, setting.checkpointing, setting.stack_calls, id(layer))
         if key not in self._times:
             self._times[key] = layer_time(setting, self.hardware, layer)
         return self._times[key]
@@ -232,17 +235,8 @@ def _one_chain(layers: list[LayerWork], setting: Setting) -> LayerWork:
     backward = sum(layer.backward.total + layer.again.total for layer in layers)
     model = setting.model
     carry = whole_state_bytes(setting) if model.memory is None else setting.rows * memory_bytes(model)
-    summed = {
-        name: sum(getattr(layer.messages, name) for layer in layers) for name in ("sums", "gather", "path_gradients")
-    }
-    messages = LayerMessages(carry=carry, **summed)
-    started = sum(layer.tensor_calls for layer in layers)
-    return LayerWork(
-        Seconds(chain=forward), Seconds(chain=backward), Seconds(), messages, layers[0].sums_again, started
-    )
-
-
-def _tensors(model: ModelConfig) -> int:
-    """Tensors of a model's state: two a layer (keys and values, matrix and sum), and a recurrent layer's vectors."""
-    layers = model.expanded_layers()
-    return sum(3 if isinstance(layer, BlockRecurrentConfig) else 2 for layer in layers)
+    names = ("sums", "sum_calls", "gather", "gather_calls", "path_gradients", "path_calls")
+    summed = {name: sum(getattr(layer.messages, name) for layer in layers) for name in names}
+    messages = LayerMessages(carry=carry, carry_calls=whole_state_tensors(model), **summed)
+    again = layers[0].sums_again, layers[0].gathers_again
+    return LayerWork(Seconds(chain=forward), Seconds(chain=backward), Seconds(), messages, *again)
