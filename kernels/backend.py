@@ -67,7 +67,7 @@ def choose(operation: str, *tensors: Tensor, unsupported: str | None = None) -> 
     check_devices(operation, *tensors)
     wanted = _wanted(tensors[0].device)
     if wanted == "triton" and unsupported is not None:
-        _warn_once(operation, unsupported)
+        warn_once(operation, unsupported)
         wanted = "reference"
     _log_once(operation, wanted)
     return wanted
@@ -100,7 +100,13 @@ def _capable(index: int) -> bool:
 
 
 @cache
-def _warn_once(operation: str, reason: str) -> None:
+def warn_once(operation: str, reason: str) -> None:
+    """Warn that an operation, or a part of it, runs in its plain PyTorch form; each reason once in a process.
+
+    Args:
+        operation: name.
+        reason: a sentence, why there is no kernel.
+    """
     warnings.warn(f"{operation}: {reason} The plain PyTorch form runs instead, slower.", stacklevel=4)
 
 

@@ -20,7 +20,9 @@ def block_recurrent(inputs: BlockRecurrentInputs, *, form: str | None = None) ->
     """Window attention, read of the state and write of the state over all blocks (arXiv:2203.07852).
 
     Any gate, mode and T. On CUDA in bf16, fp16 or fp32 with heads of 16, 32, 64 or 128 (64 and 128 are tuned) it
-    runs in Triton kernels with a backward of three phases; the state FFN of modes dual and single stays in PyTorch.
+    runs in Triton kernels with a backward of three phases. The forward chain of the states is one of them in mode skip,
+    in bf16 and fp32, with heads of 32 or more, D a multiple of 64, S and W of 16; elsewhere it is plain PyTorch between
+    the kernels, as are the state FFN and its gate (dual, single). Sizes and types without a kernel give one warning.
 
     Args:
         inputs: see `BlockRecurrentInputs`; T need not be a multiple of W.

@@ -43,12 +43,12 @@ class ScanWeights:
 
     @classmethod
     def of(cls, path: StatePath) -> ScanWeights:
-        """The weights of a path that writes its state."""
+        """The weights of a path that writes its state, each dense, as the kernels read them."""
         write = path.write
         assert write is not None, "a frozen state has nothing to scan"
         gate, ffn = write.gate or Gate(), write.ffn
         last = Gate() if ffn is None else ffn.gate
-        return cls(
+        tensors = (
             path.initial,
             path.norm,
             path.ids,
@@ -69,9 +69,8 @@ class ScanWeights:
             last.forget_bias,
             last.input_weight,
             last.input_bias,
-            gate.tanh,
-            last.tanh,
         )
+        return cls.from_tensors([None if x is None else x.contiguous() for x in tensors], gate.tanh, last.tanh)
 
     def path(self) -> StatePath:
         """The same weights as a path of mode skip."""

@@ -84,7 +84,7 @@ def scan_tokens(
         None if beside is None else beside.scale,
         qkv if qkv[0, 0].is_contiguous() else qkv.contiguous(),
         dense_heads(state_query),
-        state_scale,
+        state_scale.contiguous(),
         *cached,
         state,
         reset.contiguous(),

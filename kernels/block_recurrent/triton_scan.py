@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from longspan.kernels import backend
 from longspan.kernels.block_recurrent import three_phase, triton_forward
 from longspan.kernels.block_recurrent.adjoint import (
     Chunk,
@@ -71,18 +72,25 @@ def product_tiles(rows: int, states: int, wide: bool) -> Tiles:
 
 
 def _chain_kernels(weights: ScanWeights, window: int) -> bool:
-    return weights.mode == "skip" and triton_forward.unsupported(weights.path(), window) is None
+    """Whether the chain forward runs in Triton; sizes and types that it does not take give one warning."""
+    if weights.mode != "skip":
+        return False
+    reason = triton_forward.unsupported(weights.path(), window)
+    if reason is not None:
+        backend.warn_once("block_recurrent, chain of states", reason)
+    return reason is None
 
 
 def chain_forward(
     state: Tensor, keys: Tensor, values: Tensor, reset: Tensor, weights: ScanWeights, window: int, keep_reads: bool
 ) -> Chain:
-    """As `three_phase.chain_forward`."""
+    """As `three_phase.chain_forward`; states are dense, whatever the strides of the given one."""
+    state = state.contiguous()
     if not _chain_kernels(weights, window):
         return three_phase.chain_forward(state, keys, values, reset, weights, window, keep_reads)
     chain = triton_forward.chain_forward(
         triton_forward.prepare(weights.path(), weights.stacked),
-        state.contiguous(),
+        state,
         keys,
         values,
         reset,

@@ -213,4 +213,4 @@ def read_states(queries: Tensor, scale: Tensor, keys: Tensor, values: Tensor, wi
     Returns:
         [B, T, H, Dh].
     """
-    return _ReadStates.apply(queries, scale, keys, values, window)
+    return _ReadStates.apply(queries, scale.contiguous(), keys, values, window)

@@ -32,7 +32,9 @@ def window_attention(
     With positions "rope" queries and keys are rotated by their place (arXiv:2104.09864) instead of the bias, and
     the logit of a null key is 0.
 
-    Gradients are the same in every run, bit by bit. The gradient of qkv is one packed tensor.
+    The Triton kernels take bf16 and fp32 and heads of 16, 32, 64 or 128, with any W and T; other types and widths run
+    in the plain form, with one warning. Gradients are the same in every run, bit by bit. The gradient of qkv is one
+    packed tensor.
 
     Args:
         qkv: [B, T, 3, H, Dh], queries, keys and values as projected; any T > 0.

@@ -134,7 +134,7 @@ def test_one_vector(keep_hidden: bool) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("keep_hidden", [True, False])
 def test_under_autocast_the_reference_runs(keep_hidden: bool) -> None:
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     tensors = [t.float().detach().requires_grad_() for t in inputs((4, 8), 12)[:3]]
     with forced("triton"), torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
         y = feed_forward(*tensors, keep_hidden=keep_hidden)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from poison import poisoned_memory
-from scan_cases import VARIANTS, Sizes, errors, everything, inputs_of, make_case
+from scan_cases import VARIANTS, Case, Sizes, errors, everything, inputs_of, make_case
+from torch import Tensor
 
 from longspan.errors import ShapeError
 from longspan.kernels import backend
@@ -265,14 +268,52 @@ def test_joined_projections_are_plain_ones() -> None:
     assert torch.autograd.gradcheck(project_sum, (own, read, weight))
 
 
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "every second number": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "rows last": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+def laid_out(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same record with all its tensors, those of records in it too, in other places of memory."""
+    if isinstance(given, Tensor):
+        return change(given)
+    if not is_dataclass(given):
+        return given
+    return replace(given, **{field.name: laid_out(getattr(given, field.name), change) for field in fields(given)})  # type: ignore[type-var]
+
+
 @interpreted
-def test_kernels_take_inputs_that_are_not_contiguous() -> None:
-    case = make_case("fixed", "skip", Sizes(tokens=20)).to(torch.float32)
-    plain = {name: tensor for name, tensor in case.tensors.items() if not name.startswith("d_")} | {"reset": case.reset}
-    odd = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in plain.items()}
-    assert not any(x.is_contiguous() for x in odd.values())
-    want, got = triton_form(inputs_of(case, **plain)), triton_form(inputs_of(case, **odd))
-    assert all(torch.equal(getattr(want, name), getattr(got, name)) for name in ("own", "read", "keys", "state"))
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize(
+    ("gate", "sizes"),
+    [
+        ("fixed", Sizes(tokens=10, window=4, states=5, dim=16, heads=1, width=16)),  # the chain forward has no kernel
+        pytest.param("fixed", Sizes(tokens=20, states=16), marks=pytest.mark.long),
+        pytest.param("lstm", Sizes(tokens=20, states=16), marks=pytest.mark.long),
+    ],
+    ids=["small", "fixed", "lstm"],
+)
+def test_inputs_and_weights_need_not_be_contiguous(gate: str, sizes: Sizes, strides: str) -> None:
+    case = make_case(gate, "skip", sizes).to(torch.float32)
+    change = STRIDES[strides]
+    relaid = laid_out(inputs_of(case), change)
+    seen = [relaid.state, relaid.state_query, relaid.path.ids, relaid.path.key]
+    assert not any(x.is_contiguous() for x in seen)
+    want = everything(case, triton_form)
+    found = everything(case, lambda inputs: triton_form(laid_out(inputs, change)))
+    gaps = errors(found, {name: x.double() for name, x in want.items()})
+    assert max(gaps.values()) < 1e-5, gaps
+
+
+@interpreted
+@pytest.mark.long
+def test_kernels_in_fp16() -> None:
+    """As near to fp64 as 16 bits let it be; gradients of scales nearly cancel."""
+    case = make_case("fixed", "skip", Sizes(tokens=10, window=4, states=5, dim=16, heads=1, width=16))
+    gaps = errors(everything(case.to(torch.float16), triton_form), everything(case, two_phase))
+    assert max(gap for name, gap in gaps.items() if not name.endswith("scale")) < 5e-3, gaps
+    assert max(gaps.values()) < 5e-2, gaps
 
 
 @interpreted
@@ -282,11 +323,39 @@ def test_kernels_take_an_lstm_gate_that_writes_a_tanh() -> None:
     assert max(gaps.values()) < 5e-6, gaps
 
 
-def test_fp64_falls_back_with_one_warning() -> None:
-    backend._warn_once.cache_clear()
-    case = make_case("fixed", "skip", TINY)
-    with pytest.warns(UserWarning, match="block_recurrent: torch.float64 has no kernel"):
-        everything(case, triton_form)
+def warned(*cases: Case) -> list[str]:
+    """What the kernels say in two runs of each case, forward and back."""
+    backend.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the interpreter
+        for case in (*cases, *cases):
+            everything(case, triton_form)
+    return [str(warning.message) for warning in found]
+
+
+def test_types_and_heads_without_kernel_fall_back_with_one_warning() -> None:
+    (said,) = warned(make_case("fixed", "skip", TINY))
+    assert said.startswith("block_recurrent: torch.float64 has no kernel")
+    (said,) = warned(make_case("lstm", "skip", TINY).to(torch.float32))
+    assert said.startswith("block_recurrent: heads of width 4 have no kernel (16, 32, 64, 128 have).")
+
+
+@interpreted
+def test_a_chain_without_kernel_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a segment in two chunks, whose chain runs again in the backward pass."""
+    sizes = Sizes(rows=1, tokens=24, window=8, states=5, dim=16, heads=1, width=16, ffn=8)
+    monkeypatch.setattr(scan_module, "KEEP_LIMIT_BYTES", -1)
+    monkeypatch.setattr(scan_module, "CHUNK_VALUES", sizes.values(2))
+    (said,) = warned(make_case("fixed", "skip", sizes).to(torch.float32))
+    assert said.startswith("block_recurrent, chain of states: the kernels take heads 32, 64 or 128 wide, not 16.")
+    assert "The plain PyTorch form runs instead" in said
+
+
+@interpreted
+def test_where_the_chain_has_a_kernel_or_by_its_mode_none_nothing_is_said() -> None:
+    sizes = Sizes(rows=1, tokens=16, states=16, dim=64, heads=1, ffn=8)
+    assert warned(*(make_case("fixed", mode, sizes).to(torch.float32) for mode in ("skip", "single"))) == []
 
 
 def test_no_gradient_is_kept_without_grad_mode() -> None:
@@ -327,7 +396,7 @@ def test_other_types_of_flags_and_unknown_forms_are_refused() -> None:
 
 
 def test_under_autocast_the_plain_form_runs() -> None:
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     case = make_case("fixed", "skip", Sizes(width=16, tokens=16)).to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
         found = everything(case, triton_form)

@@ -12,7 +12,7 @@ from poison import poisoned_memory, relative_error
 from window_cases import ARRIVALS, Case, copy_engine, inputs_of, reset_of, run
 
 from longspan.errors import ShapeError
-from longspan.kernels.backend import forced
+from longspan.kernels.backend import forced, warn_once
 from longspan.kernels.window_attention.api import window_attention
 from longspan.kernels.window_attention.fused import WindowCall, _described, _finish, fused_window_attention
 from longspan.kernels.window_attention.reference import t5_buckets
@@ -221,6 +221,19 @@ def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> 
             reset=reset_of(case),
             drop=t.get("drop"),
         )
+
+
+def test_what_the_kernel_cannot_take_runs_in_the_plain_form_with_one_warning() -> None:
+    warn_once.cache_clear()
+    cases = [Case(8, 5, width=12), Case(8, 20, width=12, where="blocks")]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for case in cases:
+            tensors = inputs_of(case, torch.float32)
+            ours, want = run(case, tensors, "triton"), run(case, tensors, "reference")
+            assert all(torch.equal(ours[name], x) for name, x in want.items())
+    (said,) = (str(warning.message) for warning in found)
+    assert said.startswith("window_attention: the fused kernel takes heads of width 16, 32, 64, 128, not 12.")
 
 
 def test_what_the_kernel_cannot_take_is_said() -> None:
