@@ -32,7 +32,7 @@ def names_rank_one(end: End, *words: str) -> bool:
 
 def test_a_hung_rank_is_named_by_both(recipe: Path, tmp_path: Path) -> None:
     ends = run_two(recipe, tmp_path, "hang")
-    assert (tmp_path / "fired").exists()
+    assert (tmp_path / "fired").exists(), ends
     for end in ends:
         assert names_rank_one(end, "hangs in phase 'step' at step 3", "The other ranks wait in all_reduce"), end
         assert re.search(
@@ -46,7 +46,7 @@ def test_a_hung_rank_is_named_by_both(recipe: Path, tmp_path: Path) -> None:
 def test_without_the_watchdog_nobody_names_it(recipe: Path, tmp_path: Path) -> None:
     """The planted mistake that the test above must notice."""
     ends = run_two(recipe, tmp_path, "hang", watchdog=False, deadline_seconds=LIMIT + SLACK)
-    assert (tmp_path / "fired").exists()
+    assert (tmp_path / "fired").exists(), ends
     assert not any(names_rank_one(end, "hangs") for end in ends)
 
 
@@ -60,7 +60,7 @@ def test_a_killed_rank_is_named_at_once(recipe: Path, tmp_path: Path) -> None:
 def test_a_rank_that_leaves_a_collective_out_is_named_with_it(recipe: Path, tmp_path: Path) -> None:
     """Rank 1 goes on to the save, so that the two call different things; neither is outside of a collective."""
     ends = run_two(recipe, tmp_path, "skip")
-    assert (tmp_path / "fired").exists()
+    assert (tmp_path / "fired").exists(), ends
     for rank, end in enumerate(ends):
         assert names_rank_one(end, "rank 0 (process", "of all ranks (ranks 0, 1)"), end
         found = re.search(r"The ranks disagree about call (\d+) of all ranks .ranks 0, 1.: (.*?)\. All", end.text)
@@ -83,7 +83,7 @@ def test_without_the_watchdog_a_death_has_no_name(recipe: Path, tmp_path: Path) 
 @pytest.mark.parametrize("fault", ["hang", "kill", "stop"])
 def test_every_fault_everywhere(recipe: Path, tmp_path: Path, fault: str, where: str) -> None:
     ends = run_two(recipe, tmp_path, fault, where=where)
-    assert (tmp_path / "fired").exists()
+    assert (tmp_path / "fired").exists(), ends
     for end in ends if fault == "hang" else ends[:1]:
         assert names_rank_one(end), end
         assert end.seconds_after_fault < LIMIT + SLACK

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what is checkpointed loads it: here once, not in each of the ranks
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing as mp
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from trainer_toy import free_port
+from trainer_toy import forkserver, free_port
 
 _DEADLINE_SECONDS = 600.0  # for all jobs of a call; a busy machine is slow
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -25,16 +24,16 @@ Job = tuple[Callable[..., Any], tuple[Any, ...]]
 def in_world(ranks: int, folder: Path, jobs: Sequence[Job]) -> list[list[Any]]:
     """Run each job's `function(rank, *arguments)` on so many ranks, in a world of its own.
 
-    Processes are forked from one that has the trainer loaded already, so that a world costs a second and not ten.
-
     Returns:
         Of each job, what it returned on rank 0, 1, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["longspan.trainer.loop", "trainer_toy"])
+    context = forkserver()
     answers = context.SimpleQueue()
-    processes = [context.Process(target=_live, args=(rank, ranks, folder, jobs, answers)) for rank in range(ranks)]
+    here = dict(os.environ)
+    processes = [
+        context.Process(target=_live, args=(rank, ranks, folder, jobs, answers, here)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     found: dict[tuple[int, int], Any] = {}
@@ -57,8 +56,10 @@ def in_world(ranks: int, folder: Path, jobs: Sequence[Job]) -> list[list[Any]]:
     return [[found[index, rank] for rank in range(ranks)] for index in range(len(jobs))]
 
 
-def _live(rank: int, ranks: int, folder: Path, jobs: Sequence[Job], answers: Any) -> None:
+def _live(rank: int, ranks: int, folder: Path, jobs: Sequence[Job], answers: Any, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for index, (function, arguments) in enumerate(jobs):

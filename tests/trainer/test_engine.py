@@ -1,19 +1,26 @@
-"""The engine against plain PyTorch on one rank: loss rule, clipping, skipped steps, logical state."""
+"""The engine against plain PyTorch: loss rule, clipping, skipped steps, logical state; the trainer on two ranks.
+
+All tests of two ranks are here: a worker that takes this file launches them once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_training import read_log, tiny_config
 from torch import nn
 from trainer_toy import EOS, ToyModel, ToyRun, toy_batch, toy_config
 
 from longspan.cluster.mesh import Mesh
 from longspan.errors import UsageError
+from longspan.trainer.loop import train
 from longspan.trainer.optimizers import build_optimizer
 
 STAGES = (0, 1, 2, 3)
@@ -188,3 +195,38 @@ def test_weights_are_copies(mesh: Mesh) -> None:
     weights = run.engine.weights()
     run.step(0)
     assert not torch.equal(weights["embedding"], run.engine.weights()["embedding"])
+
+
+def test_two_ranks_equal_one_for_twenty_steps(shards: Path, tmp_path: Path, two_ranks: dict[str, Any]) -> None:
+    """Four lanes: one rank with one micro-batch of four, two ranks with two micro-batches of one each."""
+    config = tiny_config(
+        shards,
+        training__steps=20,
+        validation__interval_steps=10,
+        checkpoint__interval_steps=20,
+        schedule__name="rsqrt",
+    )
+    train(config, tmp_path / "one")
+    one, two = (read_log(run, "step") for run in (tmp_path / "one", two_ranks["runs"] / "dp2"))
+    for field in ("loss", "bits_per_byte", "grad_norm"):
+        np.testing.assert_allclose([r[field] for r in one], [r[field] for r in two], rtol=0, atol=1e-5)
+    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
+    zero3 = read_log(two_ranks["runs"] / "dp2_zero3", "step")
+    np.testing.assert_allclose([r["loss"] for r in one[:8]], [r["loss"] for r in zero3], rtol=0, atol=1e-5)
+    held_out = [read_log(run, "validation")[-1] for run in (tmp_path / "one", two_ranks["runs"] / "dp2")]
+    assert held_out[0]["bits_per_byte"] == pytest.approx(held_out[1]["bits_per_byte"], abs=1e-5)
+    assert held_out[0]["bytes"] == held_out[1]["bytes"]
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(shards: Path, tmp_path: Path, two_ranks: dict[str, Any]) -> None:
+    common = {"schedule__name": "rsqrt", "validation__interval_steps": 100, "checkpoint__interval_steps": 100}
+    straight = train(tiny_config(shards, training__steps=24, **common), tmp_path / "one")
+    shutil.copytree(two_ranks["runs"] / "dp2", tmp_path / "two")
+    resumed = train(tiny_config(shards, training__steps=24, **common), tmp_path / "two", resume=True)
+    assert resumed["loss"] == pytest.approx(straight["loss"], abs=1e-5)
+    assert resumed["tokens"] == straight["tokens"]
+
+
+def test_only_rank_zero_has_a_log(two_ranks: dict[str, Any]) -> None:
+    assert len(read_log(two_ranks["runs"] / "dp2", "step")) == 20
+    assert [rank["dp2"]["steps"] for rank in two_ranks["ranks"]] == [20, 20]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -264,36 +263,6 @@ def test_a_sample_does_not_change_the_run(shards: Path, tmp_path: Path) -> None:
     assert "sample" not in read_log(tmp_path / "without", "validation")[0]
 
 
-def test_two_ranks_equal_one_for_twenty_steps(shards: Path, tmp_path: Path, two_ranks: dict[str, Any]) -> None:
-    """Four lanes: one rank with one micro-batch of four, two ranks with two micro-batches of one each."""
-    config = tiny_config(
-        shards,
-        training__steps=20,
-        validation__interval_steps=10,
-        checkpoint__interval_steps=20,
-        schedule__name="rsqrt",
-    )
-    train(config, tmp_path / "one")
-    one, two = (read_log(run, "step") for run in (tmp_path / "one", two_ranks["runs"] / "dp2"))
-    for field in ("loss", "bits_per_byte", "grad_norm"):
-        np.testing.assert_allclose([r[field] for r in one], [r[field] for r in two], rtol=0, atol=1e-5)
-    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
-    zero3 = read_log(two_ranks["runs"] / "dp2_zero3", "step")
-    np.testing.assert_allclose([r["loss"] for r in one[:8]], [r["loss"] for r in zero3], rtol=0, atol=1e-5)
-    held_out = [read_log(run, "validation")[-1] for run in (tmp_path / "one", two_ranks["runs"] / "dp2")]
-    assert held_out[0]["bits_per_byte"] == pytest.approx(held_out[1]["bits_per_byte"], abs=1e-5)
-    assert held_out[0]["bytes"] == held_out[1]["bytes"]
-
-
-def test_a_run_of_two_ranks_goes_on_with_one(shards: Path, tmp_path: Path, two_ranks: dict[str, Any]) -> None:
-    common = {"schedule__name": "rsqrt", "validation__interval_steps": 100, "checkpoint__interval_steps": 100}
-    straight = train(tiny_config(shards, training__steps=24, **common), tmp_path / "one")
-    shutil.copytree(two_ranks["runs"] / "dp2", tmp_path / "two")
-    resumed = train(tiny_config(shards, training__steps=24, **common), tmp_path / "two", resume=True)
-    assert resumed["loss"] == pytest.approx(straight["loss"], abs=1e-5)
-    assert resumed["tokens"] == straight["tokens"]
-
-
 def test_bad_documents_of_other_ranks_are_saved_and_known_after_a_resume(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,11 +298,6 @@ def test_adafactor_trains(shards: Path, tmp_path: Path) -> None:
     train(tiny_config(shards, optimizer__name="adafactor", optimizer__lr_peak=0.05), tmp_path / "run")
     losses = [record["loss"] for record in read_log(tmp_path / "run", "step")]
     assert losses[-1] < losses[0] - 0.3
-
-
-def test_only_rank_zero_has_a_log(two_ranks: dict[str, Any]) -> None:
-    assert len(read_log(two_ranks["runs"] / "dp2", "step")) == 20
-    assert [rank["dp2"]["steps"] for rank in two_ranks["ranks"]] == [20, 20]
 
 
 def test_recorder_closes_the_log_when_a_step_fails(
