@@ -71,6 +71,9 @@ class DocumentTable(Sequence[DocumentEntry]):
         Args:
             num_tokens: integers [n], each at least 2.
             source_index: integers [n] into `source_names`; all 0 if None. Document i is `SOURCE/i`.
+
+        Raises:
+            ValueError: a document of fewer than 2 tokens.
         """
         tokens = np.ascontiguousarray(num_tokens, dtype=np.int64)
         count = len(tokens)

@@ -38,15 +38,6 @@ class Part:
         return self.stop - self.start
 
 
-def split_document(document: int, num_tokens: int, max_tokens: int | None) -> list[Part]:
-    """The document as parts of at most `max_tokens` tokens."""
-    size = max_tokens or num_tokens
-    return [
-        Part(document, number, start, min(start + size, num_tokens))
-        for number, start in enumerate(range(0, num_tokens, size))
-    ]
-
-
 class PartTable:
     """Parts of documents as columns, grouped by source; the parts of source s are `bounds[s]` to `bounds[s + 1]`.
 

@@ -66,6 +66,9 @@ class ShardWriter:
         Args:
             document: of this writer's split.
             encoded: its tokens if they are known already; encoded here if None. Of no use to a byte corpus.
+
+        Raises:
+            ValueError: the document is of another split.
         """
         if document.split != self._split:
             raise ValueError(f"document {document.id} is {document.split}, the shards are {self._split}")

@@ -38,7 +38,11 @@ class LanguageModel(nn.Module):
         self.dropout = TiledDropout(config.dropout)
 
     def set_activation_checkpointing(self, policy: ActivationCheckpointing) -> None:
-        """What the backward pass computes again instead of keeping it: "none", each "mixer", or each "layer"."""
+        """What the backward pass computes again instead of keeping it: "none", each "mixer", or each "layer".
+
+        Raises:
+            ValueError: another policy.
+        """
         policies = get_args(ActivationCheckpointing)
         if policy not in policies:
             raise ValueError(f"activation checkpointing = {policy!r}: use one of {', '.join(policies)}.")

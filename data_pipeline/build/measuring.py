@@ -23,7 +23,11 @@ _COMPRESSED_BYTES = 2**22
 def similar_documents(
     config: DedupeConfig, documents: Sequence[Document], folder: Path, workers: Workers
 ) -> list[list[int]]:
-    """Places of near-duplicates in `documents`, a list for each group of them; none if the recipe does not look."""
+    """Places of near-duplicates in `documents`, a list for each group of them; none if the recipe does not look.
+
+    Raises:
+        DataError: signatures that were written before are damaged.
+    """
     if not config.enabled:
         return []
     rule = {**config.model_dump(mode="json", include={"shingle_words", "num_perm"}), "version": SIGNATURE_VERSION}

@@ -47,7 +47,7 @@ def open_decompressed(path: Path) -> BinaryIO:
 
 
 def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
-    """As `open_decompressed`, of a stream that can seek."""
+    """As `open_decompressed`, of a stream that can seek; WrongSuffixError if it does not begin as its name says."""
     head = stream.read(8)
     stream.seek(0)
     suffix = next((suffix for suffix in _SIGNATURES if name.lower().endswith(suffix)), None)

@@ -85,10 +85,6 @@ class ShardCache:
         """Remove a shard that turned out to be damaged; whoever has it open keeps what was open."""
         self._whole(shard).unlink(missing_ok=True)
 
-    def used_bytes(self) -> int:
-        """Bytes of all shards, and of all parts at their full size."""
-        return sum(size for _, size, _ in self._entries())
-
     def _whole(self, shard: ShardEntry) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 

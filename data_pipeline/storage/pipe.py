@@ -47,7 +47,7 @@ class PipeStore:
     def open(
         self, name: str, start: int = 0, stop: int | None = None, validator: str | None = None
     ) -> Iterator[Transfer]:
-        """Begin to read; see `Store.open`. A command always begins at 0."""
+        """Begin to read; see `Store.open`. A command always begins at 0; UsageError if it cannot be started."""
         command = [argument.replace("{}", name) for argument in self._command]
         try:
             process = subprocess.Popen(  # noqa: S603  no shell, and the program was allowed by name

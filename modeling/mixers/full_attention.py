@@ -39,7 +39,11 @@ class FullAttention(StatefulModule):
         return {"keys": spec, "values": spec, "tokens": StateSpec((), torch.int64, "cache")}
 
     def forward(self, x: Tensor, state: State, *, reset: Tensor) -> tuple[Tensor, State, Aux]:
-        """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss."""
+        """x [B, T, D], reset bool [B, T] -> y [B, T, D], new state, no auxiliary loss.
+
+        Raises:
+            UsageError: dropout, and several ranks hold the sequence or the heads.
+        """
         q, k, v = (dense(x).unflatten(-1, (self.heads, -1)) for dense in (self.query, self.key, self.value))
         before = state["keys"], state["values"], state["tokens"]
         dropout = self.dropout if self.training else 0.0

@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 from plan_manifests import manifest_of_lengths
 
-from longspan.data_pipeline.parts import Part, split_document
+from longspan.data_pipeline.parts import Part
 from longspan.data_pipeline.plan import LanePlan, Piece
 from longspan.errors import UsageError
 
@@ -27,6 +27,15 @@ def random_lengths(seed):
         source: [rng.choice([2, 3, Q, T - 1, T, T + 1, 2 * T, rng.randint(2, 120)]) for _ in range(rng.randint(1, 9))]
         for source in "abc"[: rng.randint(1, 3)]
     }
+
+
+def split_document(document, num_tokens, max_tokens):
+    """The document as parts of at most `max_tokens` tokens."""
+    size = max_tokens or num_tokens
+    return [
+        Part(document, number, start, min(start + size, num_tokens))
+        for number, start in enumerate(range(0, num_tokens, size))
+    ]
 
 
 def placements(pieces_of_step, steps, edge):

@@ -205,7 +205,7 @@ def read_tokenizer_files(folder: Folder, manifest: Manifest) -> dict[str, bytes]
 
 
 def read_json(folder: Folder, manifest: Manifest, name: str) -> Any:
-    """A JSON file of the checkpoint, checked."""
+    """A JSON file of the checkpoint, checked; CheckpointError if it is damaged, not listed or no JSON."""
     content = read_file(folder, manifest, name)
     try:
         return json.loads(content)

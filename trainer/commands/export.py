@@ -11,7 +11,11 @@ from longspan.trainer.export import export_checkpoint
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the Hugging Face folder and push it if asked to; the result says where it is and what it holds."""
+    """Write the Hugging Face folder and push it if asked to; the result says where it is and what it holds.
+
+    Raises:
+        UsageError: --private without --push; what `export_checkpoint` and `check_repository` refuse.
+    """
     if args.private and not args.push:
         raise UsageError("--private says how a repository is made, and nothing is pushed. Add --push OWNER/NAME.")
     if args.push:

@@ -14,7 +14,11 @@ from longspan.trainer.config import RunConfig, cross_problems
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train as the recipe says; returns the summary of the run."""
+    """Train as the recipe says; returns the summary of the run.
+
+    Raises:
+        UsageError: --fork-data without --resume. ConfigError: the recipe is wrong; lists every problem.
+    """
     if args.fork_data and not args.resume:
         raise UsageError("--fork-data changes the data of a run that goes on: give it together with --resume.")
     config = recipes.load(RunConfig, args.config, args.overrides, cross_problems)

@@ -226,6 +226,9 @@ def donors_of(documents: Sequence[ScoredDocument]) -> dict[int, int]:
     """Whose state each document gets in `swapped`: the next longer one's, so that it reaches every position.
 
     The longest one gets the second longest's, which begins again where it ends.
+
+    Raises:
+        UsageError: fewer than two documents.
     """
     order = sorted(range(len(documents)), key=lambda d: (len(documents[d].tokens), d))
     if len(order) < 2:

@@ -147,7 +147,11 @@ def check_count(reader: LaneReader, steps: range, counted: int) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """URL of a folder that the standard library's server serves on the loopback address, in a process of its own."""
+    """URL of a folder that the standard library's server serves on the loopback address, in a process of its own.
+
+    Raises:
+        DataError: the server did not start.
+    """
     command = [sys.executable, "-u", "-m", "http.server", "--bind", "127.0.0.1", "--protocol", "HTTP/1.1", "0"]
     with subprocess.Popen(  # noqa: S603 - this Python
         [*command, "--directory", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -68,7 +68,7 @@ def flex_bias(leaves: list[Tensor], window: int) -> Peer:
 
 
 def varlen(leaves: list[Tensor], window: int) -> Peer:
-    """FlashAttention-2 with a window of W tokens, the token itself and the W - 1 before it."""
+    """FlashAttention-2 with a window of W tokens, the token itself and the W - 1 before it; Unavailable without it."""
     q, k, v = leaves
     _need_cuda(q)
     try:
