@@ -130,7 +130,7 @@ class Mesh:
             ConfigError: torchrun's variables are wrong; lists all of them.
             UsageError: the number of processes is not a multiple of tp * cp, the port is taken, the ranks differ in
                 settings or kind of device, or some of them do not come.
-            ClusterError: some do not come, and the launcher starts all of them again.
+            ClusterError: some do not come, and the launcher starts all of them again; or one ended after it came.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         place = read_place()
@@ -141,13 +141,7 @@ class Mesh:
         _join(place, kind, parallel, timeout, {"parallel": parallel.model_dump(), **(settings or {})})
         if kind == "cuda":
             torch.cuda.set_device(local_rank)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            context_parallel_size=parallel.cp,
-            order="tp-cp-ep-dp-pp",
-            distributed_timeout_minutes=timeout.total_seconds() / 60,
-            create_gloo_process_groups=False,
-        )
+        _form_groups(parallel, timeout)
         mesh = cls(
             rank=dist.get_rank(),
             world_size=world_size,
@@ -269,6 +263,27 @@ def _check_factors(world_size: int, parallel: ParallelConfig) -> None:
             f"{world_size} processes do not factor into parallel.tp = {parallel.tp} x parallel.cp = {parallel.cp} "
             f"x data parallel. Start a multiple of {replica} processes, or change tp or cp."
         )
+
+
+def _form_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
+    """Megatron-core's groups. No watchdog looks on yet: a rank that ends here is seen by this alone.
+
+    Raises:
+        ClusterError: ranks that have met did not form groups.
+    """
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            context_parallel_size=parallel.cp,
+            order="tp-cp-ep-dp-pp",
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            create_gloo_process_groups=False,
+        )
+    except dist.DistError as error:
+        raise ClusterError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} met the others, but they did not form groups: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Some rank has ended since; look at its own message."
+        ) from error
 
 
 def _join(place: Place, kind: str, parallel: ParallelConfig, timeout: timedelta, settings: dict[str, Any]) -> None:

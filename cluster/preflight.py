@@ -82,22 +82,31 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
         timeout_seconds: longest wait for the others.
 
     Raises:
-        UsageError: on all ranks: settings or kinds of device differ (names ranks and fields), or a host has fewer
-            GPUs than processes.
+        UsageError: on all ranks: settings, kinds of device or WORLD_SIZE differ (names ranks and fields), or a host
+            has fewer GPUs than processes.
+        UsageError: another process has this RANK already; or WORLD_SIZE is so different that rank 0 does not know of
+            this rank.
         UsageError: on all ranks that are there: others did not come in time (names them).
         ClusterError: the same, and the launcher starts all ranks again.
     """
     store = dist.PrefixStore("longspan-preflight", store)
+    _take_place(store, rank, world_size, mine["host"])
     if rank == 0:
-        store.set("reference", json.dumps(mine))
+        store.set("reference", json.dumps({**mine, "world_size": world_size}))
     reference = json.loads(_read(store, "reference", timeout_seconds))
+    if rank >= reference["world_size"]:
+        raise UsageError(
+            f"WORLD_SIZE = {world_size} for rank {rank} on host {mine['host']}, but {reference['world_size']} for "
+            f"rank 0, which waits for no such rank. Set the same on all ranks."
+        )
     report = {
         "where": f"rank {rank} on host {mine['host']}",
         "problem": mine["problem"],
         "settings": [
             f"{name}: {ours} there, {theirs} on rank 0"
             for name, theirs, ours in _differences(
-                {"device": reference["kind"], **reference["settings"]}, {"device": mine["kind"], **mine["settings"]}
+                {"WORLD_SIZE": reference["world_size"], "device": reference["kind"], **reference["settings"]},
+                {"WORLD_SIZE": world_size, "device": mine["kind"], **mine["settings"]},
             )
         ],
         "versions": [
@@ -118,7 +127,7 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
         _come(store, [f"read/{other}" for other in present], _LINGER_SECONDS)
     for line in verdict["warnings"]:
         _LOG.warning(line)
-    if verdict["missing"]:
+    if verdict["missing"] and not verdict["problems"]:
         names = ", ".join(_shortened([str(number) for number in verdict["missing"]]))
         raise exit_records.never_met(
             f"rank{'s' if len(verdict['missing']) > 1 else ''} {names} of {world_size} did not come within "
@@ -134,12 +143,10 @@ def check_ranks(store: dist.Store, rank: int, world_size: int, mine: dict[str, A
 
 def _collect(store: dist.Store, world_size: int, timeout_seconds: float) -> dict[str, list[Any]]:
     """On rank 0: what is wrong with any rank."""
-    problems, warnings = [], []
+    problems, warnings, missing = [], [], []
     if not _come(store, [f"report/{rank}" for rank in range(world_size)], timeout_seconds):
         missing = [rank for rank in range(world_size) if not store.check([f"report/{rank}"])]
-        if missing:
-            return {"problems": [], "warnings": [], "missing": missing}
-    for rank in range(world_size):
+    for rank in [rank for rank in range(world_size) if rank not in missing]:
         report = json.loads(store.get(f"report/{rank}"))
         if report["problem"]:
             problems.append(f"{report['where']} {report['problem']}")
@@ -149,7 +156,21 @@ def _collect(store: dist.Store, world_size: int, timeout_seconds: float) -> dict
                 f"{report['where']} runs other versions: {'; '.join(report['versions'])}. "
                 f"Results may differ; install the same on all hosts."
             )
-    return {"problems": _shortened(problems), "warnings": _shortened(warnings), "missing": []}
+    return {"problems": _shortened(problems), "warnings": _shortened(warnings), "missing": missing}
+
+
+def _take_place(store: dist.Store, rank: int, world_size: int, host: str) -> None:
+    """Say that this process is `rank`, unless another one has: it would wait for ever for those that it met twice.
+
+    Raises:
+        UsageError: another process has.
+    """
+    me = f"process {os.getpid()} on host {host}"
+    holder = store.compare_set(f"place/{rank}", "", me).decode()
+    if holder != me:
+        raise UsageError(
+            f"two processes have RANK = {rank} of {world_size}: {holder}, and {me}, which ends. Give each its own."
+        )
 
 
 def _read(store: dist.Store, key: str, timeout_seconds: float) -> bytes:

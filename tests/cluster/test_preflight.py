@@ -141,6 +141,54 @@ def test_a_rank_zero_that_does_not_come_is_named_in_time() -> None:
     assert isinstance(errors[1], UsageError) and "rank 0 said nothing within 0 s" in str(errors[1])
 
 
+def meet(*places: tuple[int, int], timeout_seconds: float = 10.0) -> tuple[list[Exception | None], list[float]]:
+    """The error of each process of (rank, WORLD_SIZE), started in order, and its seconds; as processes of their own."""
+    store, errors, seconds = dist.HashStore(), [None] * len(places), [0.0] * len(places)
+
+    def live(index: int, number: int, world_size: int) -> None:
+        started = time.monotonic()
+        try:
+            preflight.check_ranks(store, number, world_size, rank(host=f"host{index}"), timeout_seconds)
+        except LongspanError as error:
+            errors[index] = error
+        seconds[index] = time.monotonic() - started
+
+    threads = [threading.Thread(target=live, args=(index, *place), daemon=True) for index, place in enumerate(places)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors, seconds
+
+
+def test_another_world_size_is_named_on_all_ranks_and_nobody_waits_for_the_rest() -> None:
+    """Groups of other sizes would wait for ranks that never come."""
+    errors, seconds = meet((0, 2), (1, 3))
+    assert all(isinstance(error, UsageError) for error in errors) and max(seconds) < 5
+    assert "rank 1 on host host1 differs in WORLD_SIZE: 3 there, 2 on rank 0" in str(errors[0]) == str(errors[1])
+
+
+def test_a_world_size_that_differs_is_said_rather_than_who_did_not_come() -> None:
+    errors, _ = meet((0, 3), (1, 2), timeout_seconds=1.0)
+    assert "rank 1 on host host1 differs in WORLD_SIZE: 2 there, 3 on rank 0" in str(errors[0]) == str(errors[1])
+
+
+def test_a_rank_that_rank_zero_does_not_count_says_so_and_leaves_the_others_alone() -> None:
+    errors, seconds = meet((0, 1), (2, 3))
+    assert errors[0] is None and isinstance(errors[1], UsageError) and max(seconds) < 5
+    assert "WORLD_SIZE = 3 for rank 2 on host host1, but 1 for rank 0" in str(errors[1])
+
+
+def test_of_two_processes_of_one_rank_the_second_ends_and_names_both() -> None:
+    """It would wait for ever in groups that are complete without it."""
+    errors, seconds = meet((1, 2), (1, 2), (0, 2))
+    assert errors[0] is None and errors[2] is None and isinstance(errors[1], UsageError) and seconds[1] < 5
+    text = str(errors[1])
+    assert "two processes have RANK = 1 of 2" in text and "on host host0" in text and "on host host1" in text
+
+
 def test_many_differences_are_cut_short() -> None:
     ranks = [rank(settings={"seed": number}) for number in range(30)]
     text = str(check(*ranks)[7])

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch.distributed as dist
 
+from longspan.cluster import mesh as mesh_module
 from longspan.cluster.config import ParallelConfig
 from longspan.cluster.mesh import DeepSpeedMPU, Mesh
 from longspan.errors import ClusterError, ConfigError, UsageError
@@ -110,3 +111,17 @@ def test_processes_that_do_not_factor_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"1 processes.*tp = 2 x parallel\.cp = 1.*multiple of 2"):
         Mesh.build(ParallelConfig(tp=2), device="cpu")
     assert not dist.is_initialized()
+
+
+def test_groups_that_are_not_formed_are_a_fault_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that ends after all have met and before the watchdog looks on shows in this alone."""
+
+    def wait(**sizes: object) -> None:
+        raise dist.DistStoreError("wait timeout after 24000ms, keys: /0//1//cpu//0/1")
+
+    monkeypatch.setattr(mesh_module.parallel_state, "initialize_model_parallel", wait)
+    try:
+        with pytest.raises(ClusterError, match=r"rank 0 of 1 met the others, .*groups: wait timeout"):
+            Mesh.build(ParallelConfig(), "cpu")
+    finally:
+        dist.destroy_process_group()
