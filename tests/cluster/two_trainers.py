@@ -119,6 +119,8 @@ def _plant(fault: str, where: str, folder: Path) -> None:
     def faulty(*args, **options):
         calls.append(1)
         if len(calls) == FAULT_STEP + 1:
+            if fault == "stop":  # it is judged by the last that it said: three quick steps may pass without a word
+                time.sleep(1.0)  # two beats
             (folder / "fired").touch()
             if fault == "hang":
                 time.sleep(1000)
