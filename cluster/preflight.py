@@ -1,7 +1,7 @@
 """Before ranks form groups: whether they are of one mind about configuration, code and devices.
 
 Every rank compares itself with rank 0 and puts what it found into the store that the ranks meet in; rank 0 collects
-and everybody reads the verdict, so all ranks end alike, with one message. It costs each rank three small messages.
+and everybody reads the verdict, so all ranks end alike, with one message. It costs each rank four small messages.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import logging
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is first imported
+
+# Of the one server of a worker, whichever file starts it: with the trainer loaded a rank costs a second and not ten
+multiprocessing.set_forkserver_preload(["longspan.trainer.loop", "longspan.trainer.commands.train"])
 
 # Files that take longest on one core, longest first: two workers take a file at a time, in this order, and none is left
 # with a long one while the other has nothing more to do.

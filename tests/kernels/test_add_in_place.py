@@ -107,6 +107,7 @@ def test_parameters_and_shared_memory_are_refused() -> None:
         assert torch.equal(residual, before)
 
 
+@needs_interpreter
 def test_what_is_not_added_in_place_is_refused() -> None:
     residual, w = torch.zeros(4, 8), torch.zeros(8, 6)
     assert not adds_in_place(residual, w)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from golden_model import GATES, RECURRENT_LAYER, authors_name, golden_model, golden_state, load, to_ours
 
-from longspan.kernels.backend import forced
+from longspan.kernels.backend import forced, interpreting
 from longspan.kernels.block_recurrent.api import block_recurrent
 from longspan.kernels.window_attention.reference import t5_buckets
 from longspan.modeling.mixers import block_recurrent as block_recurrent_mixer
@@ -140,7 +139,7 @@ KERNELS = [
 ]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not on")
+@pytest.mark.skipif(not interpreting(), reason="Triton's interpreter is not on")
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) of what is not used
 @pytest.mark.parametrize(("name", "segment"), KERNELS)
 def test_kernels(name: str, segment: str, monkeypatch: pytest.MonkeyPatch) -> None:

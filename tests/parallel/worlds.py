@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing as mp
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from trainer_toy import forkserver, free_port
+from trainer_toy import free_port
 
 _DEADLINE_SECONDS = 600.0  # for all jobs of a call; a busy machine is slow
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -28,7 +29,7 @@ def in_world(ranks: int, folder: Path, jobs: Sequence[Job]) -> list[list[Any]]:
         Of each job, what it returned on rank 0, 1, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = forkserver()
+    context = mp.get_context("forkserver")
     answers = context.SimpleQueue()
     here = dict(os.environ)
     processes = [

@@ -143,28 +143,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def forkserver() -> Any:
-    """A context whose processes have the trainer loaded from their start, so that one costs a second and not ten.
-
-    They begin with the environment that this process had when it made the first of them, of whichever test.
-    """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["longspan.trainer.loop", "longspan.trainer.commands.train"])
-    return context
-
-
-def trainer_processes() -> Any:
-    """A context for processes that train on whatever device there is: CUDA wants them fresh."""
-    return mp.get_context("spawn") if torch.cuda.is_available() else forkserver()
-
-
 def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Run `worker(rank, *args)` in new processes under torchrun's environment; their return values by rank."""
-    context = trainer_processes()
-    answers = context.Queue()
+    method = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA wants processes fresh
+    answers = mp.get_context(method).Queue()
     place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, **place}
-    entry, method = (worker, environment, answers, args), context.get_start_method()
+    environment = {**os.environ, **place}  # the fork-server's is that of whichever test was the first
+    entry = worker, environment, answers, args
     ranks = mp.start_processes(_entry, entry, nprocs=world_size, join=False, start_method=method)
     found = {}
     while len(found) < world_size and not ranks.join(timeout=0.05):

@@ -126,9 +126,10 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
         setting.tokens * stack_tokens_per_token(setting.model),
     )
     row = int(tokens * config.dim * element)
-    received = Counter({"messages received": int(kept_message_bytes(setting, layer))}) + _offered(setting, layer)
+    offered = _offered(setting, layer)
+    received = Counter({"messages received": int(kept_message_bytes(setting, layer))})
     if setting.checkpointing == "layer":
-        return Counter({"layer input": row}) + received
+        return Counter({"layer input": row}) + received + offered
     # both sums of the residual stream, or only by what number each norm divided its rows
     norms = {"factors of the norms": int(2 * tokens * FP32)}
     around = Counter(
@@ -140,8 +141,8 @@ def saved(setting: Setting, layer: object) -> Counter[str]:
         }
     )
     if setting.checkpointing == "mixer":
-        return around + received + Counter({"normalised for the mixer": row})
-    return around + mixer_saved(setting, layer) + _offered(setting, layer)
+        return around + received + offered + Counter({"normalised for the mixer": row})
+    return around + mixer_saved(setting, layer) + offered
 
 
 def sums_in_place(setting: Setting) -> bool:

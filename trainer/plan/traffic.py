@@ -13,7 +13,7 @@ from longspan.modeling.config import (
 )
 from longspan.modeling.flops import stack_tokens_per_token
 from longspan.trainer.plan.parameters import state_path_parameters
-from longspan.trainer.plan.setting import Setting
+from longspan.trainer.plan.setting import Setting, runs_by_block
 
 FP32 = 4  # bytes
 LOSS_NUMBERS = 3  # of a token: largest logit, sum of exponentials, the label's logit
@@ -80,7 +80,7 @@ def layer_messages(setting: Setting, layer: object, cp: int) -> LayerMessages:
         if isinstance(layer, BlockRecurrentConfig):
             found["path_gradients"] = float(state_path_parameters(setting.model, layer).total() * element)
             found["path_calls"] = state_path_tensors(layer)
-    serial = local.memory is not None or local.feedback  # such a model hands its whole state on at once
+    serial = runs_by_block(local)  # such a model hands its whole state on at once
     if cp > 1 and not serial and isinstance(layer, SlidingWindowConfig | BlockRecurrentConfig):
         sent = halo_rows(share, local.window_tokens, cp)
         found["halo"] = tuple(float(rows * number * (2 * width + 1) * element) for number in sent)
