@@ -339,16 +339,18 @@ def _bench(commands: Subparsers) -> None:
     actions = group.add_subparsers(metavar="BENCHMARK", required=True)
     _command(actions, "list", "bench", "the benchmarks and their peers").set_defaults(benchmark="list")
 
-    def add(name: str, help_text: str, *counts: str) -> argparse.ArgumentParser:
+    def add(name: str, help_text: str, *counts: str, races: bool = True) -> argparse.ArgumentParser:
         parser = _command(actions, name, "bench", help_text)
         parser.set_defaults(benchmark=name)
         for option in counts:
             parser.add_argument(option, type=int, help="sizes of the paper on a GPU, tiny ones on a CPU if not given")
         parser.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU if not given")
-        parser.add_argument("--peers", default="all", metavar="NAMES", help="all, none, or names as in `bench list`")
-        parser.add_argument("--no-peers", action="store_const", const="none", dest="peers", help="--peers none")
-        parser.add_argument("--repeat", type=int, help="timed calls; 1.5 seconds of them if not given")
-        parser.add_argument("--profile", metavar="FILE", help="write the most expensive kernels of one call there")
+        if races:
+            parser.add_argument("--peers", default="all", metavar="NAMES", help="all, none, or as in `bench list`")
+            parser.add_argument("--no-peers", action="store_const", const="none", dest="peers", help="--peers none")
+            parser.add_argument("--profile", metavar="FILE", help="write the most expensive kernels of one call there")
+        default = "1.5 seconds of them" if races else "5"
+        parser.add_argument("--repeat", type=int, help=f"timed calls; {default} if not given")
         parser.add_argument("--write-report", metavar="PAGE.md", help="append the results to this Markdown page")
         return parser
 
@@ -364,6 +366,12 @@ def _bench(commands: Subparsers) -> None:
     chain.add_argument("--model", help="recipe whose first recurrent layer to take")
     add("window-attention", "sliding-window attention", "--rows", "--segment-tokens", "--window-tokens")
     add("cross-entropy", "output layer with its loss", "--tokens", "--dim", "--vocab-size")
+    sizes = ("--rows", "--segment-tokens", "--ring-tokens")
+    ranks = add("context-parallel", "one sequence over the GPUs of this machine", *sizes, races=False)
+    ranks.add_argument("--nproc", type=int, default=2, metavar="N", help="processes, each with a GPU of its own; 2")
+    ranks.add_argument("--parts", default="step,ring,linear", metavar="NAMES", help="some of step, ring and linear")
+    ranks.add_argument("--model", help="recipe's name or path, for the step")
+    ranks.add_argument("--state-slices", default="1,2", metavar="M,...", help="slices that hand their states on; 1,2")
     _bench_data(actions)
 
 

@@ -79,6 +79,16 @@ SURFACE = {
     "bench block-recurrent": {*BENCH_OPTIONS, "--model", "--rows", "--segment-tokens"},
     "bench window-attention": {*BENCH_OPTIONS, "--rows", "--segment-tokens", "--window-tokens"},
     "bench cross-entropy": {*BENCH_OPTIONS, "--tokens", "--dim", "--vocab-size"},
+    "bench context-parallel": {
+        *(BENCH_OPTIONS - {"--peers", "--no-peers", "--profile"}),
+        "--nproc",
+        "--parts",
+        "--model",
+        "--rows",
+        "--segment-tokens",
+        "--state-slices",
+        "--ring-tokens",
+    },
     "bench data": {"--corpus", "--tokens", "--repeat", "--peers", "--no-peers", "--write-report", "--json"},
     "doctor": {"--json"},
 }

@@ -55,6 +55,11 @@ BENCHMARKS = {
             "torch": "F.linear_cross_entropy of torch 2.13 and later",
         },
     ),
+    "context-parallel": Benchmark(
+        "one sequence over several GPUs: a step against one GPU's, ring attention, exchange of linear layers' states",
+        "context_parallel.measure",
+        {},
+    ),
     "data": Benchmark(
         "tokens a second of the readers from disk and over http, seeking in a large plan, BPE encoding; on the CPU",
         "data.measure",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ _CPU_SECONDS, _CPU_CALLS = 0.2, (3, 20)
 _WARM_SECONDS = 0.3  # long enough for a GPU's clocks to rise
 _TURN_CALLS = 4  # of one contender's turn; the first waits for a GPU that was idle, and is dropped
 _FLUSH_BYTES = 2**28  # more than any L2 cache
+_HEAD_START = 1.5  # times what a warm call takes with the host waiting for it, at least the time to issue it
+_MOST_FLUSHES = 512  # 45 ms on an H100; a call that takes longer to issue is bound by the host wherever it runs
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ def time_calls(
         device: where it runs.
         repeat: timed calls; None: as many as fill the time set aside.
         first_seconds: what the first call took, for the result.
-        flush: on a GPU overwrite the L2 cache between calls, for calls whose working set fits in it.
+        flush: for short calls on a GPU: overwrite the L2 cache between them, and long enough for the host to issue the
+            next one meanwhile, as in a training step, where the host is ahead. So the time is the device's, and
+            `host_ms` tells whether the host could keep up if the call were all there is.
     """
     seconds = _warm(call, device)
     count = repeat or _calls_in(seconds, device)
-    return _timing(*_times(call, device, count, flush), first_seconds)
+    return _timing(*_times(call, device, count, flush, head_start=_HEAD_START * seconds), first_seconds)
 
 
 def time_in_turns(
@@ -102,7 +107,7 @@ def time_in_turns(
         order = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
         for place in (one for one in order if one not in broken):
             try:
-                found, host = _times(calls[place], device, _TURN_CALLS, flush=False)
+                found, host = _times(calls[place], device, _TURN_CALLS)
             except Exception as error:
                 broken[place] = error
                 continue
@@ -121,9 +126,13 @@ def _calls_in(seconds: float, device: torch.device) -> int:
     return max(fewest, min(most, int(budget / max(seconds, 1e-9))))
 
 
-def _times(call: Callable[[], object], device: torch.device, count: int, flush: bool) -> tuple[list[float], float]:
-    """Milliseconds of each call; mean of what the host took to issue one."""
-    return _cuda_times(call, device, count, flush) if device.type == "cuda" else _cpu_times(call, count)
+def _times(
+    call: Callable[[], object], device: torch.device, count: int, flush: bool = False, head_start: float = 0.0
+) -> tuple[list[float], float]:
+    """Milliseconds of each call; mean of what the host took to issue one. See `time_calls`; head_start in seconds."""
+    if device.type != "cuda":
+        return _cpu_times(call, count)
+    return _cuda_times(call, device, count, _Flush(device, head_start) if flush else lambda: None)
 
 
 def _timing(times: list[float], host_ms: float, first_seconds: float) -> Timing:
@@ -141,15 +150,30 @@ def _warm(call: Callable[[], object], device: torch.device) -> float:
     return seconds
 
 
-def _cuda_times(call: Callable[[], object], device: torch.device, count: int, flush: bool) -> tuple[list[float], float]:
-    scratch = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device) if flush else None
+class _Flush:
+    """Overwrites the L2 cache, as often as fills a time."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        """Args: seconds: at least so long, up to `_MOST_FLUSHES` times."""
+        self.scratch = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self.scratch.zero_()
+        once = min(first_call(self.scratch.zero_, device) for _ in range(3))
+        self.times = max(1, min(_MOST_FLUSHES, math.ceil(seconds / once)))
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.scratch.zero_()
+
+
+def _cuda_times(
+    call: Callable[[], object], device: torch.device, count: int, before_each: Callable[[], object]
+) -> tuple[list[float], float]:
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
     synchronize(device)
     host = 0.0
     for start, end in zip(starts, ends, strict=True):
-        if scratch is not None:
-            scratch.zero_()
+        before_each()
         start.record()
         before = time.perf_counter()
         call()

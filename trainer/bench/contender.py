@@ -43,7 +43,7 @@ class Work:
         costs: least operations and bytes of one call, or of one of its `parts`.
         parts: blocks of a chain; times are given per part.
         parameters: of a whole model.
-        small: the inputs fit in the L2 cache, which is then overwritten between calls.
+        small: about a millisecond; timed with a cold L2 cache and the host ahead, see `clock.time_calls`.
         note: for the row.
     """
 

@@ -171,7 +171,7 @@ def read_peers(text: str, checks: Checks) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in known:
-            checks.add(f"--peers {name}", f"unknown peer.{_nearest(name, (*known, 'all', 'none'))}")
+            checks.add(f"--peers {name}", f"unknown peer.{nearest(name, (*known, 'all', 'none'))}")
     return names
 
 
@@ -266,7 +266,7 @@ def read_model(name: str, changes: dict[str, Any], problems: list[Problem]) -> M
     path = folder / f"{name}.yaml"
     if not path.is_file():
         if "/" not in name and not name.endswith((".yaml", ".yml")):
-            problems.append(Problem(f"--model {name}", f"no such model.{_nearest(name, _stems(folder))}"))
+            problems.append(Problem(f"--model {name}", f"no such model.{nearest(name, _stems(folder))}"))
             return None
         path = Path(name)
     try:
@@ -285,6 +285,7 @@ def _stems(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """What may have been meant by an unknown name, else all that is known: a sentence after a space."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(near)}?" if near else f" Known: {', '.join(known)}."

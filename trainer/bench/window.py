@@ -12,7 +12,7 @@ from longspan.kernels.window_attention.api import window_attention
 from longspan.trainer.bench.contender import Contender, Session, Work
 from longspan.trainer.bench.floors import window_costs
 from longspan.trainer.bench.measured import Measured, speed_ratios
-from longspan.trainer.bench.result import OURS
+from longspan.trainer.bench.result import OURS, Row
 from longspan.trainer.bench.settings import WindowSettings
 
 Shape = tuple[int, int]
@@ -32,9 +32,16 @@ def measure(settings: WindowSettings, session: Session) -> Measured:
     ratios = speed_ratios(rows, settings.peers)
     notes = [
         f"W = {settings.window_tokens}, {settings.num_heads} heads of {settings.head_dim}. Ours includes normalising "
-        "queries and keys, T5 bias, learned scales, cache and document starts; peers as their notes say."
+        "queries and keys, T5 bias, learned scales, cache and document starts; peers as their notes say.",
+        _host_note(rows),
     ]
     return Measured(rows, ratios, notes)
+
+
+def _host_note(rows: list[Row]) -> str:
+    """What the host takes, since the times above do not show it."""
+    issued = ", ".join(f"{row.host_ms:.2f} ({row.case})" for row in rows if row.contender == OURS and row.host_ms)
+    return f"Times with the host ahead, as in a training step. To issue a call of ours it takes, in ms: {issued}."
 
 
 def _title(shape: Shape, direction: str) -> str:

@@ -9,10 +9,12 @@ import importlib
 import json
 import shlex
 import time
+from collections.abc import Callable
 from typing import Any
 
 from longspan.errors import ClusterError
 from longspan.trainer.bench.catalogue import BENCHMARKS
+from longspan.trainer.bench.context_parallel.settings import read_context_parallel_settings
 from longspan.trainer.bench.settings import Common, read_settings
 
 # given by the parser, not by the user
@@ -23,16 +25,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table unless `args.json`, write what was asked for; the result is `Result.as_dict`.
 
     Raises:
-        ConfigError: options are wrong; lists every problem.
+        ConfigError: options are wrong; lists every problem. UsageError: this machine has too few GPUs for them.
         ClusterError: something of our own did not run; everything else was measured, printed and written before.
     """
     if args.benchmark == "list":
         return _list(show=not args.json)
-    read_settings(args, on_gpu=False)  # what is wrong is said before torch is loaded
+    read: Callable[..., Common]
+    read = read_context_parallel_settings if args.benchmark == "context-parallel" else read_settings
+    read(args, on_gpu=False)  # what is wrong is said before torch is loaded
     import torch
 
     on_gpu = torch.cuda.is_available()
-    settings = read_settings(args, on_gpu)
+    settings = read(args, on_gpu)
     from longspan.trainer.bench import table
 
     result = _measure(args, settings, torch.device("cuda" if on_gpu else "cpu"))
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.json:
             print(json.dumps(result.as_dict(), allow_nan=False), flush=True)
         failed = "; ".join(f"{row.case}: {row.note}" for row in result.failures)
-        raise ClusterError(f"{len(result.failures)} of our own rows failed: {failed}. The traceback is above.")
+        raise ClusterError(f"{len(result.failures)} of our own rows failed: {failed}. Tracebacks, if any, are above.")
     return result.as_dict()
 
 
