@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -72,46 +74,80 @@ class RepeatedLaunch:
             self.direct = _direct(self.handle, (*self.grid, 1, 1)[:3], self.args, self.changing)
 
 
-def _direct(
-    handle: Any, grid: tuple[int, ...], args: list[Any], changing: tuple[int, ...]
-) -> tuple[Any, list[Any], list[int]] | None:
-    """The function in C below a compiled kernel, the arguments that it gets, and where the changing integers stand.
+def hooked() -> bool:
+    """Whether somebody, a profiler say, wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
-    They are observed: the Python layers above run once with a function in its place that notes its arguments.
+
+@dataclass
+class LauncherCall:
+    """How a launch ends.
+
+    Args:
+        launch: the function in C that launches.
+        noted: its arguments.
+        forms: how each tensor descriptor lies in shared memory, as Triton found it, in order.
+        encode: Triton's, of a descriptor and its form: [CUtensorMap, *shape, *strides].
+    """
+
+    launch: Any
+    noted: list[Any]
+    forms: list[Any]
+    encode: Any
+
+
+def launcher_call(handle: Any, grid: tuple[int, ...], args: Sequence[Any]) -> LauncherCall | None:
+    """The call in C that ends a launch of this compiled kernel on the current stream; it is not made.
+
+    It is observed: the Python layers above run once with a function in its place that notes its arguments.
     None if the layers do not look as expected, or do more than pass arguments on (scratch memory, hooks of a profiler).
     """
-    markers = [object() for _ in changing]
-    for place, marker in zip(changing, markers, strict=True):
-        args = [*args[:place], marker, *args[place + 1 :]]
     try:
-        runtime = triton.knobs.runtime
         layers = copy.copy(handle.run)
-        if layers.global_scratch_size or layers.profile_scratch_size:
+        if layers.global_scratch_size or layers.profile_scratch_size or hooked():
             return None
-        if any(getattr(x, "calls", x) for x in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
-            return None
-        noted: list[Any] = []
+        call = LauncherCall(layers.launch, [], [], None)
 
         def note(*given: Any) -> None:
-            noted.extend(given)
+            call.noted.extend(given)
 
-        launch = layers.launch
-        if isinstance(launch, types.FunctionType):  # makes descriptors, then calls what it holds as `launcher`
-            cells = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
-            launch, outer = cells["launcher"].cell_contents, launch
+        if isinstance(layers.launch, types.FunctionType):  # makes descriptors, then calls what it holds as `launcher`
+            outer = layers.launch
+            cells = dict(zip(outer.__code__.co_freevars, outer.__closure__ or (), strict=True))
+            call.launch = cells["launcher"].cell_contents
+            call.forms = list(cells["tensordesc_meta"].cell_contents or ()) if "tensordesc_meta" in cells else []
+            call.encode = outer.__globals__.get("make_tensordesc_arg")
             cells["launcher"] = types.CellType(note)
             layers.launch = types.FunctionType(
                 outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells.values())
             )
         else:
             layers.launch = note
-        if not isinstance(launch, types.BuiltinFunctionType):
+        if not isinstance(call.launch, types.BuiltinFunctionType):
             return None
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
         layers(*grid, stream, handle.function, handle.packed_metadata, None, None, None, *args)
-        places = [next(at for at, x in enumerate(noted) if x is marker) for marker in markers]
-    except (AttributeError, KeyError, TypeError, ValueError, StopIteration):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
+    return call
+
+
+def _direct(
+    handle: Any, grid: tuple[int, ...], args: list[Any], changing: tuple[int, ...]
+) -> tuple[Any, list[Any], list[int]] | None:
+    """The function in C below a compiled kernel, the arguments that it gets, and where the changing integers stand.
+
+    None where `launcher_call` finds none.
+    """
+    markers = [object() for _ in changing]
+    for place, marker in zip(changing, markers, strict=True):
+        args = [*args[:place], marker, *args[place + 1 :]]
+    call = launcher_call(handle, grid, args)
+    if call is None or any(all(x is not marker for x in call.noted) for marker in markers):
+        return None
+    places = [next(at for at, x in enumerate(call.noted) if x is marker) for marker in markers]
     # an address in place of a tensor spares the launcher a call of Python and one of the driver
-    return launch, [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in noted], places
+    return call.launch, [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in call.noted], places

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.launches import multiprocessors
 
 IGNORED = -100
@@ -41,6 +42,7 @@ def _whole_row(start, limit, BLOCK: tl.constexpr):
     return tl.load(start + column, mask=column < limit, other=-float("inf"))
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["rows"])
 def nll_kernel(
     logits_ptr,
@@ -122,6 +124,7 @@ def nll_kernel(
             tl.store(start + label, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
+@launched_directly
 @triton.jit  # specialised for a size of whole vectors, or the mask would make it read number by number
 def scale_kernel(x_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """out = x * factor, factor one number in device memory."""

@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from longspan.kernels.direct_launches import launched_directly
+
 BLOCK_COLUMNS = 1024
 AT_ONCE = 4  # tokens of one row that are read at once
 TOKENS_A_SHARE = 16  # of an average row; frequent ones have many more
 MOST_SHARES = 64
 
 
+@launched_directly
 @triton.jit
 def embedding_gradient_kernel(
     gradient, order, ends, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, SHARES: tl.constexpr

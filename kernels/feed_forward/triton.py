@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.kernels import backend
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.launches import blocks_of, multiprocessors
 
 # One program a multiprocessor works through the tiles and begins to load the next one during the epilogue of the one
@@ -74,6 +75,7 @@ def _masked(x, words, FIRST: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     return tl.reshape(tl.where(on != 0, cube, 0.0), (M, N))
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["rows"])
 def relu_product_kernel(
     x_desc, weight_desc, out_desc, bits, rows,
@@ -98,6 +100,7 @@ def relu_product_kernel(
         tl.store(at, words.to(tl.int32, bitcast=True), mask=exists)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["rows"])
 def masked_product_kernel(
     dy_desc, weight_desc, out_desc, bits, rows,

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.launches import blocks_of
 from longspan.kernels.norm.reference import EPSILON
 
@@ -58,6 +59,7 @@ def _divisible(weight):
     return tl.where(tl.abs(weight) < _LEAST_WEIGHT, least, weight)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["rows", "tokens", "tile_tokens"])
 def norm_fwd_kernel(
     x_ptr,
@@ -161,6 +163,7 @@ def _back_from_output(h, dh, weight, inverse, factor, DIM: tl.constexpr):
     return normal, (dh * weight[None, :] - normal * along[:, None]) * factor[:, None]
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["rows", "tokens", "tile_tokens"])
 def norm_bwd_kernel(
     x_ptr,
@@ -239,6 +242,7 @@ def norm_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0) * DIM + column, tl.sum(dweight, axis=0), mask=column < DIM)
 
 
+@launched_directly
 @triton.jit
 def sum_partials_kernel(
     partial_ptr, out_ptr, DIM: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr

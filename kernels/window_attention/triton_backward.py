@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.window_attention.triton_forward import (
     PRECISION,
     drop_tile,
@@ -36,6 +37,7 @@ FINISH_STAGES = tl.constexpr(4)  # copies in flight: 12 us on an H100; 256 parts
 DISTANCE_ROWS = tl.constexpr(32)  # keys whose dS is added up at once
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T"])
 def delta_kernel(
     out, go, delta, go_b: tl.int64, T,
@@ -83,6 +85,7 @@ def _number_piece(of, row, first, length, COUNT: tl.constexpr, TMA: tl.constexpr
     return piece
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T", "begin", "count", "tiles", "ring"])
 def query_gradient_kernel(
     qkv, unit_k, starts, consts, inv_q, pairs, dqkv, for_scale,
@@ -177,6 +180,7 @@ def _sum_by_distance(
     tl.store(to + tl.arange(0, NEAR), by_distance)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["parts", "tiles"])
 def finish_kernel(
     sums, for_scale, table, scale, buckets, dtable, dscale, parts, tiles,
@@ -295,6 +299,7 @@ def _fill_with_zeros(pairs, first, low, high, BQ: tl.constexpr, BK: tl.constexpr
         tl.store(pairs + (i - first) // BQ * BQ + cell, zeros)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T", "begin", "tiles", "ring"])
 def key_gradient_kernel(
     qkv, unit_k, past, inv_k, starts, nexts, bias, drop, lse, delta, q_of, go_of, lse_of, delta_of, near_of,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.window_attention.triton_prepare import CONSTS, HIDDEN, HUGE, NEAR, REACH
 
 # Plain TF32 drops 13 bits of each number; of bf16 numbers a product is exact anyway.
@@ -138,6 +139,7 @@ def _attend(
     return acc, total
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T"])
 def attend_kernel(
     qkv, unit_k, past, starts, near_keys, nulls, consts, drop, out, lse, unit_q, inv_q,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longspan.kernels.direct_launches import launched_directly
 from longspan.kernels.window_attention.reference import MAX_DISTANCE, NUM_BUCKETS
 
 NEAR = tl.constexpr(MAX_DISTANCE)  # from this distance on the bias is constant
@@ -147,6 +148,7 @@ def _write_cache(
     tl.store(new_v + target, tl.where(alive, y, 0.0).to(new_v.dtype.element_ty), mask=mask)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     k, v, turned_k, cached_k, cached_v, turned_cache, reset, table, scale, buckets, bias, near_keys, near_queries,
@@ -218,6 +220,7 @@ def prepare_kernel(
                 _write_cache(x * inv[:, None], values, new_k + new, new_v + new, reset_row, p, T, H, W, D)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["T", "first"])
 def rotate_kernel(
     source, target, coarse, fine,
