@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from rank_lives import live
+from rank_parts import MISTAKES, counting, mistaken
 
 from longspan.errors import ConfigError, UsageError
+from longspan.kernels.context_parallel.shard import ONE_RANK
 from longspan.trainer import cli
 from longspan.trainer.bench.ceilings import Ceilings
-from longspan.trainer.bench.contender import Session
+from longspan.trainer.bench.contender import Session, Work
 from longspan.trainer.bench.context_parallel import measure as bench
-from longspan.trainer.bench.context_parallel.messages import Measurement, Verdict
+from longspan.trainer.bench.context_parallel.messages import Alive, Began, Measurement, Verdict
 from longspan.trainer.bench.context_parallel.processes import Story, run_ranks
+from longspan.trainer.bench.context_parallel.rank import Rank
 from longspan.trainer.bench.context_parallel.settings import (
     ContextParallelSettings,
     read_context_parallel_settings,
@@ -125,10 +128,54 @@ def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "gradient", "passed"),
-    [(1e-3, 4e-2, True), (2e-2, 1e-3, False), (1e-3, 6e-2, False), (float("nan"), 0.0, False)],
+    [(3e-5, 9e-3, True), (2.7e-4, 1e-3, False), (1e-6, 4.2e-2, False), (float("nan"), 0.0, False)],
 )
 def test_differences_have_limits(loss: float, gradient: float, passed: bool) -> None:
     assert verdict(loss, gradient, "bf16")[1] is passed
+
+
+def test_mistakes_show_in_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, whose limits are the wider: none, no gradient of halo or state, one rank's gradients a tenth short."""
+    monkeypatch.setenv("LONGSPAN_KERNELS", "reference")
+    chosen = settings("--parts", "step", "--precision", "bf16", "--segment-tokens", "512")
+    story = run_ranks(mistaken, 2, chosen, str(tmp_path))
+    assert story.failure is None
+    assert [told.passed for told in story.told[0]] == [True] + [False] * len(MISTAKES)
+
+
+def test_cases_send_and_compute_what_their_titles_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of each rank against the formulas of docs/context_parallel.md; two ranks, fp32."""
+    monkeypatch.setenv("LONGSPAN_KERNELS", "reference")
+    words = ["--parts", "ring,linear", "--ring-tokens", "32"]
+    story = run_ranks(counting, 2, settings(*words), str(tmp_path))
+    assert story.failure is None
+    first, last = ({told.case: json.loads(told.note) for told in of_rank} for of_rank in story.told)
+    kv = 2 * 32 * 2 * 16 * 4
+    assert [ranks[RING]["bytes"] for ranks in (first, last)] == [{"ring": 2 * kv}, {"ring": kv}]
+    scan = {"scan": 4 * (2 * 2 * 16 * 17 + 1)}
+    for ranks in (first, last):
+        assert not ranks[f"{RING}, nothing sent"]["bytes"]
+        assert ranks[f"{RING}, nothing sent"]["blocks"] == ranks[RING]["blocks"]
+        for tokens in (64, 128):
+            linear = f"linear layer, {tokens} tokens a rank"
+            assert not ranks[f"{linear}, each rank alone"]["bytes"]
+            assert ranks[f"{linear}, 2 ranks"]["bytes"] == ranks[f"{linear}, exchange of states"]["bytes"] == scan
+    own = [["attend", 0, True], ["gradients", 0, True]]
+    assert first[RING]["blocks"] == own
+    assert sorted(last[RING]["blocks"]) == sorted([[name, place, place == 32] for name, *_ in own for place in (0, 32)])
+
+
+def test_a_rank_speaks_after_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+
+    class Parent:
+        def send(self, message: object) -> None:
+            said.append(type(message))
+
+    monkeypatch.setattr(Rank, "meet", lambda self: None)
+    rank = Rank(ONE_RANK, torch.device("cpu"), torch.float32, 2, Parent())  # type: ignore[arg-type]
+    rank.measure("a", Work(lambda: said.append("call"), 1, []))
+    assert said == [Began, *["call", Alive] * 4, Measurement]
 
 
 def test_a_call_takes_as_long_as_its_slowest_rank() -> None:
@@ -166,6 +213,19 @@ def test_ranks_that_end_badly_are_named(
     captured = capfd.readouterr()
     assert not captured.out and "bench: longspan, second" in captured.err
     assert ("no room" in captured.err) == (end == "raises")
+
+
+def test_closed_streams_take_no_pipe_of_a_rank(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os; from pathlib import Path; from rank_lives import live\n"
+        "from longspan.trainer.bench.context_parallel.processes import run_ranks\n"
+        f"if __name__ == '__main__':\n    os.closerange(0, 3); story = run_ranks(live, 2, 'well', {str(tmp_path)!r})\n"
+        f"    Path({str(tmp_path)!r}, 'told').write_text(f'{{story.told[0]}} {{story.failure}}')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=60)
+    assert (tmp_path / "told").read_text() == f"{[Verdict('first', '', True)]} None"
 
 
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

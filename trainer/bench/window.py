@@ -33,15 +33,17 @@ def measure(settings: WindowSettings, session: Session) -> Measured:
     notes = [
         f"W = {settings.window_tokens}, {settings.num_heads} heads of {settings.head_dim}. Ours includes normalising "
         "queries and keys, T5 bias, learned scales, cache and document starts; peers as their notes say.",
-        _host_note(rows),
+        *_host_notes(rows, session.device),
     ]
     return Measured(rows, ratios, notes)
 
 
-def _host_note(rows: list[Row]) -> str:
-    """What the host takes, since the times above do not show it."""
+def _host_notes(rows: list[Row], device: torch.device) -> list[str]:
+    """What the host takes, since times on a GPU do not show it."""
     issued = ", ".join(f"{row.host_ms:.2f} ({row.case})" for row in rows if row.contender == OURS and row.host_ms)
-    return f"Times with the host ahead, as in a training step. To issue a call of ours it takes, in ms: {issued}."
+    if device.type != "cuda" or not issued:
+        return []
+    return [f"Times with the host ahead, as in a training step. To issue a call of ours it takes, in ms: {issued}."]
 
 
 def _title(shape: Shape, direction: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from longspan.trainer.bench.context_parallel.messages import Alive, Began, Done, Failed
 
-SILENT_SECONDS = 300.0  # more than any one call takes, compilation included
+SILENT_SECONDS = 300.0  # more than any one call takes, compilation included; ranks speak after each
 _LAST_WORD_SECONDS = 2.0  # from the first sign that a rank is gone until it shows which was the first
 _END_SECONDS = 30.0
 
@@ -46,6 +46,7 @@ def run_ranks(live: Callable[..., None], ranks: int, *arguments: Any, silent_sec
         arguments: the same for all.
         silent_seconds: after so long without a word from any of them they have failed.
     """
+    _fill_standard_streams()
     context = multiprocessing.get_context("spawn")  # a fork of a process that uses CUDA cannot use it
     readers, processes = [], []
     try:
@@ -61,6 +62,13 @@ def run_ranks(live: Callable[..., None], ranks: int, *arguments: Any, silent_sec
         for process in processes:
             process.kill()
             process.join()
+
+
+def _fill_standard_streams() -> None:
+    """Let those that are closed go nowhere: else a pipe gets such a number, and a rank loses it to its streams."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _listen(readers: list[Connection], processes: Sequence[BaseProcess], silent_seconds: float) -> Story:

@@ -44,6 +44,10 @@ class Rank:
         """Tell the outcome of a check; one rank does."""
         self._parent.send(Verdict(case, note, passed))
 
+    def show_life(self) -> None:
+        """Say that a call is done; after each, for the parent ends ranks that are silent."""
+        self._parent.send(Alive())
+
     def meet(self) -> None:
         """Go on when all ranks are here and their devices have nothing to do."""
         synchronize(self.device)
@@ -60,14 +64,16 @@ class Rank:
         self.begin(case)
         self.meet()
         first_seconds = first_call(work.call, self.device)
+        self.show_life()
         peak_gib = self._peak_gib(work.call)
+        self.show_life()
         times, hosts = [], []
         for _ in range(self._repeat):
             self.meet()
             ms, host_ms = self._timed(work.call)
             times.append(ms)
             hosts.append(host_ms)
-            self._parent.send(Alive())
+            self.show_life()
         found = Measurement(case, work.tokens, work.costs, work.parameters, times, hosts, first_seconds, peak_gib)
         self._parent.send(found)
 

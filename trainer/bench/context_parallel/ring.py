@@ -62,7 +62,11 @@ class _NoExchange:
 
 
 def _silent() -> contextlib.AbstractContextManager[object]:
-    """Ring attention sends nothing and computes all else, on as many blocks."""
+    """Ring attention sends nothing and computes all else, on as many blocks.
+
+    Its two names for messages are replaced, and an error if there are no such: an argument for it would be a way to
+    wrong results in the kernel.
+    """
     return mock.patch.multiple(ring, _Fetch=_OwnBlock, Exchange=_NoExchange)
 
 

@@ -72,7 +72,7 @@ def read_context_parallel_settings(args: argparse.Namespace, on_gpu: bool) -> Co
     checks.at_least("--nproc", args.nproc, 2)
     for option in ("rows", "segment_tokens", "ring_tokens"):
         checks.at_least(f"--{option.replace('_', '-')}", getattr(args, option))
-    rows = args.rows or ROWS
+    rows = args.rows if args.rows and args.rows > 0 else ROWS
     parts, state_slices = _parts(args.parts, checks), _state_slices(args.state_slices, rows, checks)
     report = checks.file("--write-report", args.write_report)
     changes = {"dropout": 0.0, "vocab_size": PAPER_VOCABULARY if on_gpu else None}
