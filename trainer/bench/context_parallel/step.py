@@ -21,9 +21,9 @@ from longspan.trainer.bench.floors import Cost, step_costs
 from longspan.trainer.bench.result import Ratio
 
 CHECK_ROWS, CHECK_TOKENS = 2, 8192
-# How far loss and gradients of all parameters may lie from one rank's, relative to these. Correct ones lie within 3e-5
-# and 9e-3 in bf16, 1e-7 and 2e-7 in fp32; a gradient that is not sent makes 4e-2 or more, wrong keys, values, states or
-# document starts 2.7e-4 of the loss or more.
+# How far loss and gradients of all parameters may lie from one rank's, relative to these. In quickstart sizes on a CPU
+# correct ones lie within 3e-5 and 9e-3 in bf16, 1e-7 and 2e-7 in fp32; a gradient that is not sent makes 4e-2 or more,
+# wrong keys, values, states or document starts 2.7e-4 of the loss or more.
 LIMITS = {"bf16": (2e-4, 2e-2), "fp32": (1e-4, 5e-3)}
 
 
