@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## corpus -> training -> perplexity-versus-length curve -> Hugging Face model, then where it all is
 	@$(BIN)/python -m longspan.trainer.demo --runs $(RUNS)
 
-test: $(VENV)/installed  ## the test suite (12 minutes on two cores, 14 with installation)
+test: $(VENV)/installed  ## the test suite (13 minutes on two cores, 15 with installation)
 	@echo "longspan: lint, then tests, and types beside them"
 	@$(MAKE) --no-print-directory style
 	@# conftest.py puts the slow files first; xdist's own order would put the files of most tests first

@@ -37,6 +37,7 @@ SLOW_FILES = (
     "evaluation/test_evals_ray.py",
     "parallel/test_tensor_parallel.py",
     "parallel/test_tensor_parallel_engine.py",
+    "bench/test_bench_context_parallel.py",
     "modeling/test_laws.py",
     "bench/test_benchmarks.py",
     "plan/test_plan_saved.py",
